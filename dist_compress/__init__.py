@@ -1,0 +1,3 @@
+"""Distributed compression for PyTorch: prune, shrink and verify in one training loop."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,105 @@
+"""The base of every technique: what the loop calls, and when. The loop names no technique.
+
+One optimizer step, on every rank:
+
+    for each round (micro-batch j = round * world_size + rank):
+        forward, task loss + sum of method.loss, backward
+        method.after_backward(step, micro)        only for live micro-batches; local, no collective
+    gradients are reduced
+    method.before_step(step)                      gradient rules, before clipping; same on every rank
+    clip, latent weights back, optimizer step
+    method.after_step(step)                       decisions; collective: called on every rank
+    project the weights
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from dist_compress.config import Config
+from dist_compress.errors import UserError
+from dist_compress.projection import Projection
+from dist_compress.target import Coupling
+
+
+class Shards(Protocol):
+    """What a method needs of a backend."""
+
+    def grad(self, name: str) -> torch.Tensor | None: ...
+
+
+@dataclass
+class Context:
+    """What a method is given when it attaches. The same on every rank, but for the local weights."""
+
+    config: Config
+    model: nn.Module  # unwrapped: parameter names are the user's
+    projection: Projection
+    coupling: Coupling
+    num_micro: int  # M: micro-batches of one optimizer step
+    total_steps: int
+    steps_per_epoch: float
+
+
+class Method:
+    """A technique. Every hook is optional; `state_dict` must be identical on every rank (gather before)."""
+
+    def attach(self, context: Context) -> None: ...
+
+    def loss(self, step: int, batch: dict[str, Any], output: Any) -> torch.Tensor | None:
+        """Sum over the samples of the micro-batch; the loop divides by the global count."""
+
+    def after_backward(self, step: int, micro: int) -> None: ...
+
+    def before_step(self, step: int) -> None: ...
+
+    def after_step(self, step: int) -> None: ...
+
+    def change_steps(self) -> list[int]:
+        """Sorted steps t at whose end (`after_step(t)`) what the method decides changes; -1: before step 0."""
+        return []
+
+    def detach(self) -> None:
+        """Leave the compressed weights in the model and take every hook off."""
+
+    def metrics(self) -> dict[str, float]:
+        """Series to log, e.g. {"pruning/sparse_ratio": 0.4}. Local, cheap."""
+        return {}
+
+    def results(self) -> dict[str, Any]:
+        """For the report, after the last decision: JSON-like."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Collective. Tensors and plain values; identical on every rank and at any world size."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def load(noun: str, key: str, name: str) -> ModuleType:
+    """The module of a method: a file of `dist_compress/<noun>/methods`, or a dotted path of the user's.
+
+    Local. Raises UserError naming `key` and the choices.
+    """
+    folder = importlib.import_module(f"dist_compress.{noun}.methods")
+    choices = sorted(m.name for m in pkgutil.iter_modules(folder.__path__))
+    path = f"{folder.__name__}.{name}" if name in choices else name
+    if path == name and "." not in name:
+        raise UserError(f"{key}={name!r}: no such method. Available: {', '.join(choices)}, or a dotted path.")
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name and (path == error.name or path.startswith(error.name + ".")):
+            raise UserError(
+                f"{key}={name!r}: cannot import {path!r} ({error}). Available: {', '.join(choices)}, "
+                "or the dotted path of a module on PYTHONPATH."
+            ) from None
+        raise

@@ -1,0 +1,66 @@
+"""What compression acts on, as plain data that any rank can hold: units, their members, and the cost of layers.
+
+A `UnitGroup` is a set of removable units (channels, heads) that several parameters share. It is found once, by
+`speedup.coupling` on rank 0, broadcast, and used by the pruner; nothing here touches a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Member:
+    """The slices of one parameter that belong to each unit of a group.
+
+    `index` is int64 [num_units, k]: unit u owns `index[u]` along `dim` of the parameter `fqn`.
+    A batch-norm weight has k = 1; a linear layer behind flatten(C, H, W) has k = H * W.
+    """
+
+    fqn: str
+    dim: int
+    index: torch.Tensor
+    role: str  # "producer": makes the unit; "affine": norm weight and bias on it; "consumer": reads it
+
+    @property
+    def module(self) -> str:
+        """The fqn of the module that owns the parameter."""
+        return self.fqn.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Units that are kept or removed together everywhere they appear. Same order on every rank."""
+
+    name: str  # fqn of the first producer's module
+    num_units: int
+    members: tuple[Member, ...]
+    blocked: str = ""  # why no unit of this group can be removed; "" when they can
+
+    def producers(self) -> list[str]:
+        """fqns of the modules that make the units, in model order."""
+        return list(dict.fromkeys(m.module for m in self.members if m.role == "producer"))
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """MACs of one layer as a product of factors, each linear in the units kept.
+
+    macs(kept) = macs * prod_f (fixed_f + sum of weight over kept units of f's groups) / total_f.
+    A convolution has one factor for its input and one for its output; a depthwise one has a single factor.
+    `factors`: one per dim, each (fixed, [(group index, float64 [num_units] weight per unit), ...]).
+    """
+
+    fqn: str
+    macs: int
+    factors: tuple[tuple[float, tuple[tuple[int, torch.Tensor], ...]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """All groups of a model with the cost of its layers (per sample). Identical on every rank."""
+
+    groups: tuple[UnitGroup, ...] = ()
+    layers: tuple[LayerCost, ...] = field(default=())
