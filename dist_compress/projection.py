@@ -1,0 +1,124 @@
+"""Compressed weights by projection: one latent per parameter, the module sees a pure function of it.
+
+Between optimizer step and forward `project` puts `fn(latent)` into the parameter, in place, so that the same code
+serves every backend (DDP buckets and optimizer references stay valid; a shard is projected like a whole). Before
+the optimizer step, and before a checkpoint, `restore` puts the latent back. Methods contribute functions under a
+key; they are applied in the order of `KEYS`, so a mask comes before a quantizer whoever was added first.
+
+Everything here is local: no collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+KEYS = ("mask", "quant")  # the order in which the functions of one parameter are applied
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Projection:
+    """The latents of `model` and what the methods make of them. Tied parameters are one entry under any name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.projected = False
+        self._functions: dict[str, dict[str, Function]] = {}
+        self._grad_masks: dict[str, torch.Tensor] = {}
+        self._latents: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, key: str, fn: Function) -> None:
+        """Let `fn(latent) -> compressed`, pure and of the latent's shape, act on parameter `name` from the next
+        `project` on. Replaces what stands under `key`."""
+        assert key in KEYS, f"unknown projection key {key!r}: one of {KEYS}"
+        self._functions.setdefault(self.owner(name), {})[key] = fn
+
+    def remove(self, name: str, key: str) -> None:
+        """Take the function of `key` away. The parameter keeps what it holds until the next `project`."""
+        name = self.owner(name)
+        functions = self._functions.get(name, {})
+        functions.pop(key, None)
+        if not functions and self._functions.pop(name, None) is not None and name in self._latents:
+            if self.projected:
+                self._put(name, self._latents[name])
+            del self._latents[name]
+
+    def mask_grad(self, name: str, mask: torch.Tensor | None) -> None:
+        """Multiply the gradient of `name` by `mask` (bool, broadcastable) in `edit_gradients`; None: no more."""
+        name = self.owner(name)
+        if mask is None:
+            self._grad_masks.pop(name, None)
+        else:
+            self._grad_masks[name] = mask
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """latent := parameter, parameter := compressed. Does nothing when projected already."""
+        if self.projected:
+            return
+        for name, functions in self._functions.items():
+            parameter = self.model.get_parameter(name)
+            latent = self._latents.get(name)
+            if latent is None or latent.shape != parameter.shape or latent.device != parameter.device:
+                latent = self._latents[name] = torch.empty_like(parameter, requires_grad=False)
+            latent.copy_(parameter)
+            compressed = latent
+            for key in KEYS:
+                if key in functions:
+                    compressed = functions[key](compressed)
+            parameter.copy_(compressed)
+        self.projected = True
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """parameter := latent. Does nothing when restored already."""
+        if not self.projected:
+            return
+        for name, latent in self._latents.items():
+            self._put(name, latent)
+        self.projected = False
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """The latents are in the parameters inside; afterwards as before."""
+        projected = self.projected
+        self.restore()
+        try:
+            yield
+        finally:
+            if projected:
+                self.project()
+
+    @torch.no_grad()
+    def edit_gradients(self) -> None:
+        """Apply the gradient rules: after the reduction, before clipping."""
+        for name, mask in self._grad_masks.items():
+            grad = self.model.get_parameter(name).grad
+            if grad is not None:
+                grad.mul_(mask)
+
+    def latent(self, name: str) -> torch.Tensor:
+        """The latent of `name`, live: the parameter itself while restored or when nothing compresses it."""
+        latent = self._latents.get(self.owner(name)) if self.projected else None
+        return self.model.get_parameter(name).detach() if latent is None else latent
+
+    def finish(self) -> None:
+        """Leave the compressed weights in the parameters for good and drop latents, functions and rules."""
+        self.project()
+        self._functions.clear()
+        self._grad_masks.clear()
+        self._latents.clear()
+        self.projected = False
+
+    def owner(self, name: str) -> str:
+        """The first name of the parameter that `name` stands for (they differ for tied parameters)."""
+        parameter = self.model.get_parameter(name)
+        return next(first for first, other in self.model.named_parameters() if other is parameter)
+
+    @torch.no_grad()
+    def _put(self, name: str, value: torch.Tensor) -> None:
+        self.model.get_parameter(name).copy_(value)
