@@ -1,0 +1,121 @@
+"""Collectives: the ordered sum's bits, agreement, and what happens when rank 0 fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import RankError
+
+from dist_compress import comm
+from dist_compress.errors import UserError
+
+SIZES = (1, 2, 3, 4)
+
+
+def adversarial(num_rows: int, size: int) -> torch.Tensor:
+    """float32 [num_rows, size] whose sum depends on the order of additions, also in float64."""
+    generator = torch.Generator().manual_seed(1)
+    scale = 10.0 ** torch.randint(-12, 13, (num_rows, size), generator=generator)
+    return torch.randn(num_rows, size, generator=generator) * scale
+
+
+def mine(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The rows of this rank; garbage where there is no micro-batch."""
+    size, rank = comm.world_size(), comm.rank()
+    count = -(-num_rows // size)
+    out = torch.full((count, rows.shape[1]), float("nan"))
+    own = rows[rank:num_rows:size]
+    out[: len(own)] = own
+    return out
+
+
+def summed(num_rows: int, size: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    rows = adversarial(num_rows, size)
+    total = comm.ordered_sum(mine(rows, num_rows), num_rows, initial=torch.ones(size, dtype=torch.float64))
+    plain = mine(rows, num_rows).nan_to_num(0.0).sum(0)
+    return total, comm.all_reduce(plain), comm.calls["ordered_sum"]
+
+
+@pytest.mark.parametrize(("num_rows", "size"), [(8, 1000), (7, 5), (4, 1), (5, 3)])
+def test_ordered_sum_is_the_sequential_fold_at_any_number_of_ranks(ranks, num_rows, size):
+    fold = torch.ones(size, dtype=torch.float64)
+    for row in adversarial(num_rows, size):
+        fold += row
+    for n in SIZES:
+        for total, _, count in ranks(n, summed, num_rows, size):
+            assert torch.equal(total, fold) and count == 1
+
+
+def test_plain_sum_depends_on_the_number_of_ranks(ranks):
+    plain = [ranks(n, summed, 8, 1000)[0][1] for n in SIZES]
+    assert not torch.equal(plain[0], plain[1]) and not torch.equal(plain[1], plain[2])
+
+
+def objects() -> tuple:
+    r = comm.rank()
+    return (
+        comm.broadcast_object({"from": r}, src=comm.world_size() - 1),
+        comm.gather_object(r),
+        comm.all_reduce(torch.tensor([r + 1, -r]), "max").tolist(),
+        comm.all_gather(torch.tensor([r])).flatten().tolist(),
+        comm.broadcast(torch.tensor([r + 5])).item(),
+        comm.on_rank0(lambda: f"rank {comm.rank()}"),
+        comm.claim("one"),
+    )
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_every_rank_gets_the_same(ranks, n):
+    results = ranks(n, objects)
+    for result in results:
+        assert result[:6] == ({"from": n - 1}, list(range(n)), [n, 0], list(range(n)), 5, "rank 0")
+    assert sum(result[6] for result in results) == 1
+
+
+def fail_on_rank0(user: bool) -> tuple[str, str]:
+    def fail() -> None:
+        raise UserError("data.root=/nowhere") if user else KeyError("lost")
+
+    try:
+        comm.on_rank0(fail)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def test_an_error_of_rank0_reaches_every_rank(ranks):
+    assert ranks(2, fail_on_rank0, True) == [("UserError", "data.root=/nowhere")] * 2
+    first, second = ranks(2, fail_on_rank0, False)
+    assert first == ("KeyError", "'lost'") and second == ("RuntimeError", "rank 0 failed: KeyError: 'lost'")
+
+
+def disagree(differ: bool) -> str:
+    try:
+        comm.check_equal("the masks of 'conv1'", 7 + (comm.rank() if differ else 0), step=3)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_disagreement_names_what_the_step_and_both_values_on_every_rank(ranks):
+    assert ranks(2, disagree, False) == ["", ""]
+    for text in ranks(2, disagree, True):
+        assert "the masks of 'conv1' at step 3: 7 on rank 0; 8 on rank 1" in text
+
+
+def break_down(how: str) -> int:
+    if comm.rank() == 1 and how == "raise":
+        raise RuntimeError("rank one is tired")
+    if comm.rank() == 1 and how == "die":
+        import os
+
+        os._exit(7)
+    comm.barrier()
+    return comm.rank()
+
+
+@pytest.mark.parametrize(("how", "words"), [("raise", "rank one is tired"), ("die", "exit code 7")])
+def test_the_pool_tells_which_rank_failed_and_goes_on(ranks, how, words):
+    with pytest.raises(RankError, match=f"(?s)rank 1 of 2: .*{words}"):
+        ranks(2, break_down, how)
+    assert ranks(2, break_down, "not at all") == [0, 1]
