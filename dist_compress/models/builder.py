@@ -1,0 +1,199 @@
+"""Models by source and name: CIFAR ResNets, torchvision, timm, Hugging Face, or a callable of the user's.
+
+A new source is one function `(config, num_classes) -> nn.Module` in `_SOURCES`. Nothing is downloaded:
+pretrained weights come through `model.weights`, or with the local folder of a Hugging Face model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_compress.config import ModelConfig
+from dist_compress.errors import UserError
+from dist_compress.models import resnet_cifar
+
+log = logging.getLogger(__name__)
+
+
+def build(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
+    """The model of `config` on the CPU, in training mode, initialised from `seed`. Local.
+
+    Equal weights on every rank for an equal seed; the caller's random state is left alone. `config.weights`
+    is not read here (see `load_weights`). Raises UserError for an unknown source, name or argument.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if config.target is not None:
+            return _from_target(config)
+        source = _SOURCES.get(config.source)
+        if source is None:
+            raise UserError(
+                f"model.source={config.source!r}: no such source of models. Choose {', '.join(_SOURCES)}, "
+                "or name a callable of your own with model._target_."
+            )
+        return source(config, num_classes).train()
+
+
+def describe(config: ModelConfig, model: nn.Module) -> dict[str, Any]:
+    """`config` as plain data from which `build` makes this architecture on any machine, without weights.
+
+    A Hugging Face model read from a local folder is described by its own full configuration, not by the path.
+    """
+    if config.target is None and config.source == "hf":
+        full: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[union-attr]
+        left_out = ("model_type", "transformers_version", "_name_or_path")
+        kwargs = {k: v for k, v in full.items() if k not in left_out}
+        config = replace(config, name=full["model_type"], kwargs=kwargs)
+    return asdict(replace(config, weights=None))
+
+
+def _from_cifar(config: ModelConfig, num_classes: int) -> nn.Module:
+    _check_name(config, [name for name, _ in inspect.getmembers(resnet_cifar, inspect.isfunction)])
+    factory = getattr(resnet_cifar, config.name)
+    return _call(config, lambda: factory(num_classes=num_classes, **config.kwargs))
+
+
+def _from_torchvision(config: ModelConfig, num_classes: int) -> nn.Module:
+    models = importlib.import_module("torchvision.models")
+    _check_name(config, models.list_models())
+    kwargs: dict[str, Any] = {"num_classes": num_classes, "weights": None, **config.kwargs}
+    if "weights_backbone" in inspect.signature(models.get_model_builder(config.name)).parameters:
+        kwargs.setdefault("weights_backbone", None)
+    if config.name in ("googlenet", "inception_v3"):
+        kwargs.setdefault("init_weights", True)  # what they do anyway, without the warning
+    return _call(config, lambda: models.get_model(config.name, **kwargs))
+
+
+def _from_timm(config: ModelConfig, num_classes: int) -> nn.Module:
+    timm = _import_extra(config, "timm")
+    _check_name(config, timm.list_models())
+    kwargs = {"num_classes": num_classes, **config.kwargs}
+    return _call(config, lambda: timm.create_model(config.name, pretrained=False, **kwargs))
+
+
+def _from_hf(config: ModelConfig, num_classes: int) -> nn.Module:
+    transformers = _import_extra(config, "transformers")
+    folder = Path(config.name).expanduser()
+    if folder.is_dir():
+        return _from_hf_folder(config, transformers, folder, num_classes)
+    if folder.is_absolute() or config.name.startswith("."):
+        raise UserError(
+            f"model.name={config.name!r}: no such folder. Give a folder with config.json, or a model_type."
+        )
+    _check_name(config, list(transformers.CONFIG_MAPPING.keys()))
+    default = transformers.AutoConfig.for_model(config.name)
+    unknown = [key for key in config.kwargs if not hasattr(default, key)]
+    if unknown:  # a configuration of transformers takes any key in silence
+        known = sorted(default.to_dict())
+        raise UserError(
+            f"model.kwargs: {config.name!r} has no {', '.join(unknown)}. It has: {', '.join(known)}."
+        )
+    kwargs = {"num_labels": num_classes, **config.kwargs}
+    hf_config = _hf_call(config, lambda: transformers.AutoConfig.for_model(config.name, **kwargs))
+    return _hf_call(config, lambda: transformers.AutoModelForImageClassification.from_config(hf_config))
+
+
+def _from_hf_folder(
+    config: ModelConfig, transformers: ModuleType, folder: Path, num_classes: int
+) -> nn.Module:
+    """With the folder's weights if any; a head for another number of classes is made new, and logged."""
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"model.name={config.name!r}: the folder has no config.json. Give one that save_pretrained wrote."
+        )
+    arguments = {"num_labels": num_classes, "local_files_only": True, **config.kwargs}
+    hf_config = _hf_call(config, lambda: transformers.AutoConfig.from_pretrained(folder, **arguments))
+    auto = transformers.AutoModelForImageClassification
+    if not list(folder.glob("*.safetensors")):
+        if list(folder.glob("pytorch_model*.bin")):
+            raise UserError(
+                f"model.name={config.name!r}: the folder holds pickled weights only. Save it as safetensors, "
+                "or delete the .bin files to start from random weights."
+            )
+        return _hf_call(config, lambda: auto.from_config(hf_config))
+    how = {"use_safetensors": True, "local_files_only": True, "ignore_mismatched_sizes": True}
+    model, info = _hf_call(
+        config, lambda: auto.from_pretrained(folder, config=hf_config, output_loading_info=True, **how)
+    )
+    fresh = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
+    if fresh:
+        log.warning("model.name=%r: made new, for the folder has none that fit: %s", config.name, fresh)
+    return model
+
+
+def _from_target(config: ModelConfig) -> nn.Module:
+    """Calls the user's callable as Hydra would, with the arguments written beside `_target_` only."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    assert config.target is not None
+    name = config.target.get("_target_")
+    try:
+        model = instantiate({**config.target, "_convert_": "all"})
+    except InstantiationException as error:
+        raise UserError(f"model._target_={name!r}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model._target_={name!r}: returned a {type(model).__name__}, not a torch.nn.Module.")
+    return model.train()
+
+
+_SOURCES: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
+    "cifar": _from_cifar,
+    "torchvision": _from_torchvision,
+    "timm": _from_timm,
+    "hf": _from_hf,
+}
+
+
+def _check_name(config: ModelConfig, choices: Iterable[str]) -> None:
+    choices = list(choices)
+    if config.name in choices:
+        return
+    close = difflib.get_close_matches(config.name, choices, n=5, cutoff=0.5)
+    raise UserError(
+        f"model.name={config.name!r}: {config.source} has no such model. "
+        f"{'Close: ' if close else 'Some of them: '}{', '.join(close or sorted(choices)[:12])}."
+    )
+
+
+def _import_extra(config: ModelConfig, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"model.source={config.source!r} needs {name}, which is not installed: "
+            "pip install 'dist_compress[models]'."
+        ) from error
+
+
+def _call(config: ModelConfig, factory: Callable[[], Any]) -> Any:
+    """A factory that does not take the arguments it is given is the user's `model.kwargs`."""
+    try:
+        return factory()
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"model.kwargs={config.kwargs!r}: {config.source} model {config.name!r} refuses: {error}"
+        ) from error
+
+
+def _hf_call(config: ModelConfig, factory: Callable[[], Any]) -> Any:
+    """Transformers tells what is wrong with a folder or a model type by ValueError, OSError and KeyError."""
+    try:
+        return factory()
+    except (TypeError, ValueError, OSError, KeyError) as error:
+        message = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"model.name={config.name!r}: no image classifier of Hugging Face's: {message[0]}"
+        ) from error

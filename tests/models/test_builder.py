@@ -1,0 +1,110 @@
+"""Models by source and name: shapes, seeds, and what the user is told."""
+
+import sys
+
+import pytest
+import torch
+
+from dist_compress.config import ModelConfig
+from dist_compress.errors import UserError
+from dist_compress.models import build, describe
+
+TINY_VIT = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+    "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+CONFIGS = {
+    "cifar": ModelConfig(name="resnet20"),
+    "torchvision": ModelConfig(source="torchvision", name="squeezenet1_1"),
+    "timm": ModelConfig(source="timm", name="resnet10t"),
+    "hf": ModelConfig(source="hf", name="vit", kwargs=TINY_VIT),
+    "target": ModelConfig(target={"_target_": "torchvision.models.squeezenet1_1", "num_classes": 7}),
+}
+
+
+@pytest.mark.parametrize("source", CONFIGS)
+def test_every_source_builds_repeats_and_describes_itself(source):
+    config = CONFIGS[source]
+    before = torch.get_rng_state()
+    model = build(config, num_classes=7, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    out = model.eval()(torch.randn(2, 3, 32, 32))
+    assert getattr(out, "logits", out).shape == (2, 7)
+    again = build(ModelConfig(**describe(config, model)), num_classes=7, seed=3)
+    assert type(again) is type(model)
+    for (name, a), (other, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert name == other and torch.equal(a, b), name
+    changed = build(config, num_classes=7, seed=4).state_dict()
+    assert any(not torch.equal(a, changed[name]) for name, a in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "params"), [("resnet20", 269_722), ("resnet56", 853_018)])
+def test_the_cifar_nets_are_those_of_the_paper(name, params):
+    model = build(ModelConfig(name=name), num_classes=10, seed=0)
+    assert sum(p.numel() for p in model.parameters()) == params
+    names = {n.rpartition(".")[0] for n, _ in model.named_parameters()}
+    depth = 3 if name == "resnet20" else 9
+    inner = {
+        f"layer{s}.{i}.{m}" for s in (1, 2, 3) for i in range(depth) for m in ("conv1", "bn1", "conv2", "bn2")
+    }
+    assert names == inner | {"conv1", "bn1", "linear"}
+
+
+def test_the_shortcut_subsamples_and_pads_channels_with_zeros():
+    block = build(ModelConfig(name="resnet20"), num_classes=10, seed=0).layer2[0]
+    x = torch.randn(1, 16, 8, 8)
+    y = block.shortcut(x)
+    assert y.shape == (1, 32, 4, 4)
+    assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2])
+    assert not y[:, :8].any() and not y[:, 24:].any()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (ModelConfig(source="keras"), ["model.source", "keras", "torchvision", "_target_"]),
+        (ModelConfig(name="resnet21"), ["model.name", "resnet20", "resnet56"]),
+        (ModelConfig(kwargs={"depth": 3}), ["model.kwargs", "depth"]),
+        (ModelConfig(source="torchvision", name="resnet51"), ["model.name", "resnet50"]),
+        (ModelConfig(source="timm", name="resnt50"), ["model.name", "resnet50"]),
+        (ModelConfig(source="hf", name="vitt"), ["model.name", "vit"]),
+        (ModelConfig(source="hf", name="./nowhere"), ["model.name", "nowhere", "folder"]),
+        (
+            ModelConfig(source="hf", name="vit", kwargs={"hidden": 3}),
+            ["model.kwargs", "hidden", "hidden_size"],
+        ),
+        (ModelConfig(source="hf", name="llama"), ["model.name", "llama"]),
+        (ModelConfig(target={"_target_": "no_such_package.model"}), ["model._target_", "no_such_package"]),
+        (ModelConfig(target={"_target_": "pathlib.PurePath"}), ["model._target_", "torch.nn.Module"]),
+        (
+            ModelConfig(target={"_target_": "torchvision.models.resnet18", "depth": 3}),
+            ["model._target_", "depth"],
+        ),
+    ],
+)
+def test_what_cannot_be_built_names_the_key_and_the_choices(config, words):
+    with pytest.raises(UserError) as error:
+        build(config, num_classes=10, seed=0)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(("source", "package"), [("timm", "timm"), ("hf", "transformers")])
+def test_a_missing_extra_says_what_to_install(monkeypatch, source, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=r"pip install 'dist_compress\[models\]'"):
+        build(ModelConfig(source=source, name="vit"), num_classes=10, seed=0)
+
+
+def test_a_hugging_face_folder_brings_its_weights_and_a_new_head_when_classes_differ(tmp_path, caplog):
+    source = build(CONFIGS["hf"], num_classes=7, seed=5)
+    source.save_pretrained(tmp_path / "vit")
+    config = ModelConfig(source="hf", name=str(tmp_path / "vit"))
+    same = build(config, num_classes=7, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(same.parameters(), source.parameters(), strict=True))
+    other = build(config, num_classes=3, seed=0)
+    assert other.classifier.weight.shape == (3, 16) and "classifier.weight" in caplog.text
+    assert torch.equal(other.vit.layernorm.weight, source.vit.layernorm.weight)
+    description = ModelConfig(**describe(config, other))
+    assert str(tmp_path) not in str(description)
+    assert build(description, num_classes=3, seed=0).classifier.weight.shape == (3, 16)
