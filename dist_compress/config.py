@@ -1,12 +1,25 @@
-"""The schema of a run: every shared dataclass, strictly merged from what Hydra composed. The only omegaconf import.
+"""The schema of a run: every shared dataclass, strictly merged from what Hydra composed.
 
-A method's own options are not here: they are the dataclass `Options` in the method's file, merged with `merge`.
+The only omegaconf import. A method's own options are not here: they are the dataclass `Options` in the
+method's file, merged with `merge`. Nothing is converted silently but int to float and int to str: a key that
+the schema lacks, a value of another type or out of range is a UserError that names the full key. All
+functions are local and give the same on every rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import difflib
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dist_compress.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -137,3 +150,195 @@ class Config:
     export: list[str] = field(default_factory=lambda: ["safetensors"])
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+
+# What the types do not say. Bounds are inclusive unless the text says otherwise.
+_AT_LEAST: dict[str, float] = {
+    "seed": 0,
+    "model.num_classes": 1,
+    "data.image_size": 1,
+    "data.num_workers": 0,
+    "train.max_steps": 0,
+    "train.epochs": 0,
+    "train.global_batch_size": 1,
+    "train.micro_batch_size": 1,
+    "train.eval_batch_size": 1,
+    "train.num_threads": 1,
+    "train.log_every_steps": 1,
+    "optim.lr": 0,
+    "optim.weight_decay": 0,
+    "optim.final_lr": 0,
+    "pruning.schedule.num_decisions": 1,
+    "checkpoint.every_steps": 1,
+    "checkpoint.keep": 1,
+    "launch.nproc_per_node": 1,
+}
+_ABOVE_ZERO = ("train.clip_norm", "optim.gamma", "backend.timeout_s", "speedup.tolerance")
+_BELOW_ONE = ("pruning.sparse_ratio", "task.label_smoothing")  # and at least 0
+_CHOICES = {
+    "data.augment": ("none", "pad_crop", "pad_crop_flip", "random_resized_crop"),
+    "train.precision": ("fp32", "bf16"),
+    "optim.schedule": ("constant", "cosine", "step"),
+    "pruning.compute": ("channels", "params", "macs"),
+    "logger.name": ("wandb", "none"),
+    "logger.mode": ("online", "offline", "disabled"),
+}
+_WITH_TARGET = ("model", "data", "task")  # sections where `_target_` names the user's own callable
+
+
+def load(composed: DictConfig | Mapping[str, Any]) -> Config:
+    """The checked config of a composed one. Raises UserError with the full key."""
+    try:
+        node = OmegaConf.create(composed)  # type: ignore[arg-type]
+        values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    assert isinstance(values, dict)
+    values = {str(key): value for key, value in values.items()}
+    for section in _WITH_TARGET:
+        if isinstance(values.get(section), dict):
+            _gather_target(values[section], section)
+    config = merge(Config, values, "")
+    _check_ranges(config)
+    return config
+
+
+def from_yaml(text: str) -> Config:
+    """The inverse of `to_yaml`, as strict as `load`."""
+    return load(OmegaConf.create(text))  # type: ignore[arg-type]
+
+
+def to_yaml(config: Any) -> str:
+    """Any dataclass of the schema as YAML, keys in schema order."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def merge(cls: type[T], values: Mapping[str, Any], key: str) -> T:
+    """An instance of the dataclass `cls` from plain `values`, which lie under `key` of the user's config."""
+    hints = get_type_hints(cls)
+    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in names:
+            raise unknown_key(_join(key, str(name)), names)
+    converted = {name: _convert(hints[name], value, _join(key, name)) for name, value in values.items()}
+    try:
+        return cls(**converted)
+    except TypeError as error:  # a field without default
+        raise UserError(f"{key}: {str(error).partition('() ')[2]}. Keys: {', '.join(names)}.") from None
+
+
+def unknown_key(key: str, siblings: list[str] | None = None) -> UserError:
+    """The error for a key the schema lacks, with the closest there is. `siblings`: the keys at its place."""
+    section, _, name = key.rpartition(".")
+    if siblings is None:
+        siblings = [k.rpartition(".")[2] for k in _keys(Config) if k.rpartition(".")[0] == section]
+    close = [_join(section, n) for n in difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)]
+    if not close:  # right name, wrong place
+        close = [k for k in _keys(Config) if k.rpartition(".")[2] == name]
+    if not close:
+        close = difflib.get_close_matches(key, list(_keys(Config)), n=1, cutoff=0.7)
+    hint = f"Did you mean {' or '.join(close)}?" if close else f"Keys there: {', '.join(siblings) or 'none'}."
+    return UserError(f"{key}: no such key. {hint}")
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _keys(cls: Any, key: str = "") -> Iterator[str]:
+    """Full names of all fields, sections included."""
+    for name, hint in get_type_hints(cls).items():
+        yield _join(key, name)
+        if is_dataclass(hint):
+            yield from _keys(hint, _join(key, name))
+
+
+def _gather_target(values: dict[str, Any], section: str) -> None:
+    """Move `_target_` and the keys beside it that the section lacks into `target`, in place."""
+    if "_target_" not in values:
+        return
+    if values.get("target"):
+        raise UserError(f"{section}.target and {section}._target_ are both set. Keep one of them.")
+    known = get_type_hints(get_type_hints(Config)[section])
+    values["target"] = {name: values.pop(name) for name in list(values) if name not in known}
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the type `hint`: dataclasses, X | Y, list[X], dict[str, X], Any and the plain types."""
+    origin = get_origin(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(hint, value, key)
+    if is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            keys = ", ".join(f.name for f in fields(hint))
+            raise _wrong_type(key, value, f"a section with the keys {keys}")
+        return merge(hint, value, key)
+    if origin is list and isinstance(value, list):
+        return [_convert(get_args(hint)[0], v, f"{key}[{i}]") for i, v in enumerate(value)]
+    if origin is dict and isinstance(value, Mapping):
+        return {str(k): _convert(get_args(hint)[1], v, _join(key, str(k))) for k, v in value.items()}
+    if isinstance(hint, type) and type(value) is hint:  # type(): a bool is no int here
+        return value
+    if hint in (float, str) and type(value) is int:  # `lr=1`, `group=7`: YAML's int is meant
+        return hint(value)
+    raise _wrong_type(key, value, _type_name(hint))
+
+
+def _convert_union(hint: Any, value: Any, key: str) -> Any:
+    """The first member that takes the value; a value keeps its own type where that is a member."""
+    members = get_args(hint)
+    if value is None and type(None) in members:
+        return None
+    for member in sorted((m for m in members if m is not type(None)), key=lambda m: m is not type(value)):
+        try:
+            return _convert(member, value, key)
+        except UserError:
+            if len([m for m in members if m is not type(None)]) == 1:
+                raise  # names the place inside a list or section
+    raise _wrong_type(key, value, _type_name(hint))
+
+
+def _wrong_type(key: str, value: Any, expected: str) -> UserError:
+    return UserError(f"{key}={value!r}: expected {expected}, got {type(value).__name__}.")
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_type_name(h) for h in get_args(hint))
+    if hint is type(None):
+        return "null"
+    return hint.__name__ if get_origin(hint) is None else str(hint)
+
+
+def _select(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _check_ranges(config: Config) -> None:
+    for key, low in _AT_LEAST.items():
+        value = _select(config, key)
+        if value is not None and not value >= low:
+            raise UserError(f"{key}={value}: must be at least {low:g}.")
+    for key in _ABOVE_ZERO:
+        value = _select(config, key)
+        if value is not None and not value > 0:
+            raise UserError(f"{key}={value}: must be above 0.")
+    for key in _BELOW_ONE:
+        value = _select(config, key)
+        if value is not None and not 0 <= value < 1:
+            raise UserError(f"{key}={value}: must be at least 0 and below 1.")
+    for key, choices in _CHOICES.items():
+        value = _select(config, key)
+        if value is not None and value not in choices:
+            raise UserError(f"{key}={value!r}: no such choice. Available: {', '.join(choices)}.")
+    if config.train.global_batch_size % config.train.micro_batch_size:
+        raise UserError(
+            f"train.global_batch_size={config.train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size={config.train.micro_batch_size}. Change one of the two."
+        )
+    if config.pruning.stages:
+        raise UserError("pruning.stages is reserved and must stay empty: use pruning.schedule.")

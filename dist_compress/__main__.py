@@ -1,0 +1,149 @@
+"""`python -m dist_compress ...` on one rank, `torchrun ... -m dist_compress ...` on several.
+
+Exit codes, on every rank alike: 0; 1 when the run failed; 2 when its configuration is at fault. An error is
+shown once in the whole run, by whichever rank met it first, and is in the log of each rank that met it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+import traceback
+from types import FrameType
+from typing import NoReturn
+
+from dist_compress import compose
+from dist_compress.config import Config
+from dist_compress.errors import UserError
+
+_TOLD_BY_RANK_0_S = 15  # how long the other ranks wait for rank 0 to say what they all found
+_LAST_WORDS_S = 2  # torchrun's SIGTERM: time to say which collective lost contact
+_LOST_CONTACT = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|timed? ?out|connectFullMesh|remote process", re.IGNORECASE
+)
+
+
+def main() -> NoReturn:
+    try:
+        args = compose.parse(sys.argv[1:])
+        if compose.wants_sweep(args):
+            _refuse_sweep_of_ranks()
+            from dist_compress.sweep import sweep
+
+            sys.exit(sweep(args))
+        if compose.wants_answer(args):
+            if _env_rank() == 0:
+                compose.hand_to_hydra(lambda config: None)
+            sys.exit(0)
+        config = compose.compose(args)
+    except UserError as error:
+        _exit_refused(error)
+    _exit_flushed(_run(config))
+
+
+def _run(config: Config) -> int:
+    """Join the ranks, enter the folder, run. Collective. Returns the exit code."""
+    from dist_compress import comm, run_folder
+
+    signal.signal(signal.SIGTERM, _exit_soon)
+    try:
+        comm.init(config.backend.timeout_s, _device())
+        config = run_folder.enter(config)
+        from dist_compress.run import run
+
+        run(config)
+        comm.shutdown()
+        return 0
+    except BaseException as error:
+        text = _describe(error)
+        if comm.claim("error"):
+            run_folder.console.say(text)
+        else:
+            print(text, file=sys.stderr)
+            time.sleep(0.2)  # who exits makes torchrun stop the others: let the claimer speak first
+        return 1
+
+
+def _describe(error: BaseException) -> str:
+    """What to show: the user's fault in a line, a lost rank in a line, our own fault with its traceback."""
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    if isinstance(error, RuntimeError) and _LOST_CONTACT.search(str(error)):
+        traceback.print_exception(error)
+        return f"error: rank {_env_rank()} lost contact with another rank in {_collective(error)}."
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def _collective(error: BaseException) -> str:
+    """The function of comm.py that was called, and by whom; else the innermost place of ours."""
+    place = "a collective"
+    frames = traceback.extract_tb(error.__traceback__)
+    for caller, frame in zip(frames, frames[1:], strict=False):
+        if frame.filename.endswith(os.path.join("dist_compress", "comm.py")):
+            return f"comm.{frame.name}, called at {os.path.basename(caller.filename)}:{caller.lineno}"
+        if f"{os.sep}dist_compress{os.sep}" in frame.filename:
+            place = f"{frame.name} at {os.path.basename(frame.filename)}:{frame.lineno}"
+    return place
+
+
+def _device() -> str:
+    import torch
+
+    from dist_compress import comm
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    if comm.local_rank() >= torch.cuda.device_count():
+        raise UserError(
+            f"--nproc-per-node: local rank {comm.local_rank()} has no GPU of its own, there are "
+            f"{torch.cuda.device_count()}. Start at most that many ranks, or hide the GPUs by "
+            "CUDA_VISIBLE_DEVICES= to use the CPU."
+        )
+    return "cuda"
+
+
+def _env_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _refuse_sweep_of_ranks() -> None:
+    if "WORLD_SIZE" in os.environ:
+        command = ["python", "-m", "dist_compress", *sys.argv[1:]]
+        if not any("launch.nproc_per_node" in argument for argument in command):
+            command.append(f"launch.nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', '2')}")
+        raise UserError(
+            "--multirun: a sweep starts a torchrun for each point and cannot run inside one. Use:\n  "
+            + shlex.join(command)
+        )
+
+
+def _exit_refused(error: UserError) -> NoReturn:
+    """All ranks found the same fault: rank 0 says it, and torchrun then stops the others."""
+    if _env_rank() != 0:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
+        time.sleep(_TOLD_BY_RANK_0_S)  # still here: the fault is this rank's alone
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    _exit_flushed(2)
+
+
+def _exit_soon(signum: int, frame: FrameType | None) -> None:
+    timer = threading.Timer(_LAST_WORDS_S, os._exit, (128 + signum,))
+    timer.daemon = True
+    timer.start()
+
+
+def _exit_flushed(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)  # a process group that lost a rank would block at teardown
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

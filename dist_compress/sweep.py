@@ -1,0 +1,105 @@
+"""`--multirun`: Hydra's sweeper chooses the points, each is a torchrun of its own, one table at the end.
+
+It runs in one plain process, so that any sweeper and launcher works (in a row by default, as SLURM jobs with
+hydra-submitit-launcher). A point is a folder SWEEP/N with `point.json` and all that a run leaves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from rich.console import Console
+from rich.table import Table
+
+from dist_compress import compose, config
+from dist_compress.errors import UserError
+
+# columns: heading, key of summary.json, format
+_COLUMNS = (
+    ("accuracy before", "accuracy/before", "{:.4f}"),
+    ("after", "accuracy/after", "{:.4f}"),
+    ("MACs before", "macs/before", "{:,}"),
+    ("after", "macs/after", "{:,}"),
+    ("parameters before", "params/before", "{:,}"),
+    ("after", "params/after", "{:,}"),
+    ("ms before", "latency_ms/p50/before/b1", "{:.2f}"),
+    ("after", "latency_ms/p50/after/b1", "{:.2f}"),
+)
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Run every point, show the table. Returns the exit code: 0 when no point failed."""
+    folder = f"outputs/sweep_{time.strftime('%Y%m%d_%H%M%S')}"
+    for override in args.overrides:
+        key, _, value = override.partition("=")
+        if key in ("run_dir", "hydra.sweep.dir"):
+            folder = value.strip("'\"")
+            sys.argv.remove(override)
+    path = Path(folder).resolve()
+    sys.argv.append(f"hydra.sweep.dir={_quoted(path)}")
+    try:
+        compose.hand_to_hydra(run_point)
+        code = 0
+    except SystemExit as stop:  # Hydra has said why; show what there is
+        code = int(stop.code or 0)
+    points = [json.loads(p.read_text()) for p in path.glob("*/point.json")]
+    points.sort(key=lambda point: point["number"])
+    return max(code, _conclude(path, points)) if points else code or 1
+
+
+def run_point(composed: Any) -> None:
+    """One point, as its own torchrun; what became of it is in point.json. Called by Hydra's launcher."""
+    job = HydraConfig.get()
+    folder = Path(job.runtime.output_dir)
+    overrides = list(job.overrides.task)
+    point: dict[str, Any] = {"number": job.job.num, "overrides": overrides, "exit_code": None}
+    told = folder / "point.json"
+    told.write_text(json.dumps(point))
+    print(f"\npoint {point['number']}: {' '.join(overrides)}", flush=True)
+    try:
+        num_ranks = config.load(composed).launch.nproc_per_node
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        point["exit_code"] = 2
+    else:
+        users = [s.path for s in job.runtime.config_sources if s.provider == "command-line"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={num_ranks}", "-m", "dist_compress", *overrides]
+        command += [f"--config-name={job.job.config_name}", *(f"--config-dir={u}" for u in users)]
+        command += [f"run_dir={_quoted(folder)}"]
+        point["exit_code"] = subprocess.run(command).returncode
+    told.write_text(json.dumps(point))
+
+
+def _quoted(path: Path) -> str:
+    """A path as a string of Hydra's override grammar, whatever characters it has."""
+    text = str(path).replace("'", "\\'")
+    return f"'{text}'"
+
+
+def _conclude(folder: Path, points: list[dict[str, Any]]) -> int:
+    """Print the table of all points. Returns 1 when one failed, naming it."""
+    common = set.intersection(*(set(point["overrides"]) for point in points)) if len(points) > 1 else set()
+    table = Table(title=str(folder), caption="accuracy on the held-out split; ms: median, batch 1")
+    for heading in ("point", "overrides", *(column[0] for column in _COLUMNS)):
+        table.add_column(heading, overflow="fold")
+    failed = []
+    for point in points:
+        name = " ".join(o for o in point["overrides"] if o not in common)
+        summary_file = folder / str(point["number"]) / "summary.json"
+        summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
+        values = [form.format(summary[key]) if key in summary else "-" for _, key, form in _COLUMNS]
+        table.add_row(str(point["number"]), name, *values)
+        if point["exit_code"] != 0:
+            failed.append(f"  {point['number']} ({name}): exit code {point['exit_code']}")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if failed:
+        print(f"error: {len(failed)} of {len(points)} points failed:", *failed, sep="\n", file=sys.stderr)
+    return 1 if failed else 0
