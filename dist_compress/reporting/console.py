@@ -1,0 +1,172 @@
+"""The console of rank 0: the progress of a run, its final table, and a table of several runs.
+
+On a terminal the progress is a live bar; elsewhere (a log file, SLURM, CI) a plain line every few seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from rich.console import Console
+from rich.file_proxy import FileProxy
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from dist_compress.reporting import figures
+
+_LINE_EVERY_S = 10.0
+
+
+@cache
+def console() -> Console:
+    """What tables and lines are printed on: sys.stdout as it is when printing; no hard wraps outside a terminal."""
+    probe = Console()
+    return probe if probe.is_terminal else Console(width=110, soft_wrap=True)
+
+
+def clock(seconds: float) -> str:
+    """3725 -> "1:02:05", 65 -> "1:05"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class ProgressLine:
+    """Where the run stands: step, rate, loss, learning rate, sparsity, time left. Rank 0 only."""
+
+    def __init__(self, total_steps: int, samples_per_step: int, out: Console | None = None) -> None:
+        self._out = out or console()
+        self._total = total_steps
+        self._samples = samples_per_step
+        self._shown: dict[str, float] = {}
+        self._origin: tuple[int, float] | None = None  # first step seen and when: the base of rate and ETA
+        self._printed = float("-inf")
+        self._lifted: list[tuple[Any, Any]] = []  # (stream, its terminal) that now prints above the bar
+        self._bar = self._start_bar() if self._out.is_terminal else None
+        self._task = self._bar.add_task("", total=total_steps, status="") if self._bar else None
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        """Show what was measured after `step` (counted from 0). Series it does not know are not shown."""
+        now = time.monotonic()
+        done = step + 1
+        if self._origin is None:
+            self._origin = (done, now)
+        for name, value in values.items():
+            short = _SHOWN.get(name)
+            if short:
+                self._shown[short] = value
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, status=self._status(done, now))
+        elif now - self._printed >= _LINE_EVERY_S or (done >= self._total and "loss" in self._shown):
+            self._printed = now
+            self._out.print(Text(f"step {done}/{self._total}  {self._status(done, now)}"))
+
+    def close(self) -> None:
+        """Leave the last state of the bar on the screen. Safe to call twice."""
+        if self._bar is not None:
+            self._bar.stop()
+        for stream, terminal in self._lifted:
+            stream.terminal = terminal
+        self._lifted = []
+
+    def _status(self, done: int, now: float) -> str:
+        parts = [f"{name} {_FORMATS[name](value)}" for name, value in self._shown.items()]
+        first, since = self._origin or (done, now)
+        if done > first and now > since:
+            per_second = (done - first) / (now - since)
+            if done < self._total:
+                parts.append(f"ETA {clock((self._total - done) / per_second)}")
+            parts.append(f"{figures.count(per_second * self._samples)} samples/s")
+        return "  ".join(parts)
+
+    def _start_bar(self) -> Progress:
+        """A live bar on the terminal only. Streams that also feed a log file (they have a `.terminal`) keep feeding
+        it, and what they send to the terminal appears above the bar; the bar's redraws never reach the file."""
+        streams = [s for s in (sys.stdout, sys.stderr) if hasattr(s, "terminal")]
+        out = Console(file=streams[0].terminal) if streams else self._out  # type: ignore[attr-defined]
+        for stream in streams:
+            self._lifted.append((stream, stream.terminal))  # type: ignore[attr-defined]
+            stream.terminal = FileProxy(out, stream.terminal)  # type: ignore[attr-defined]
+        bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=max(6, min(24, out.width - 80))),
+            TextColumn("{task.percentage:>3.0f} %  {task.fields[status]}", table_column=Column(no_wrap=True)),
+            console=out,
+            redirect_stdout=not streams,
+            redirect_stderr=not streams,
+        )
+        bar.start()
+        return bar
+
+
+_SHOWN = {
+    "train/loss": "loss",
+    "train/lr": "lr",
+    "pruning/sparse_ratio": "sparsity",
+    "eval/accuracy": "accuracy",
+}
+_FORMATS: dict[str, Any] = {
+    "loss": "{:.4f}".format,
+    "lr": "{:.2e}".format,
+    "sparsity": "{:.0%}".format,
+    "accuracy": "{:.2%}".format,
+}
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """The run in one table: before, after, change; the proof and the fingerprints below."""
+    result = Table(title="Result", title_justify="left", title_style="bold")
+    result.add_column("")
+    for name in ("before", "after", "change"):
+        result.add_column(name, justify="right")
+    for figure in figures.before_after(summary):
+        style = {True: "green", False: "yellow", None: ""}[figure.better]
+        result.add_row(figure.label, figure.before, figure.after, Text(figure.change, style=style))
+    checks = _checks(summary)
+    if checks:
+        result.add_section()
+    for label, value in checks:
+        result.add_row(label, "", value, "")
+    return result
+
+
+def _checks(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is not a before/after pair but belongs on the console."""
+    found = []
+    if summary.get("accuracy/masked") is not None:
+        found.append(("Accuracy, masked", figures.percent(summary["accuracy/masked"])))
+    if summary.get("verify/max_rel_diff") is not None:
+        found.append(("Masked vs shrunk, max rel. diff.", f"{summary['verify/max_rel_diff']:.2e}"))
+    for key in sorted(k for k in summary if k.startswith("fingerprint/")):
+        found.append((f"Fingerprint of the {key.partition('/')[2]}", figures.fingerprint(summary[key])))
+    if "world_size" in summary:
+        found.append(("Ranks", f"{summary['world_size']} ({summary.get('backend', '')})".replace(" ()", "")))
+    return found
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str], title: str = "") -> Table:
+    """Several runs side by side: one line a row, one column per key of the flat summaries; missing values as "-"."""
+    result = Table(title=title or None, title_justify="left", title_style="bold")
+    for column in columns:
+        numeric = any(isinstance(row.get(column), int | float) for row in rows)
+        result.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*(Text(_cell(column, row.get(column))) for column in columns))
+    return result
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    head = column.partition("/")[0]
+    if head == "fingerprint":
+        return figures.fingerprint(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        shows = {"accuracy": figures.percent, "params": figures.count, "macs": figures.count}
+        return shows.get(head, figures.size_bytes if head == "file_bytes" else figures.number)(value)
+    return str(value)

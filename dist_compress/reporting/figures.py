@@ -1,0 +1,114 @@
+"""The flat summary as figures for people: what was measured before and after, how it changed, and in which unit.
+
+The console table and the report page are drawn from the same rows, so that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+# Summary keys without /before or /after, in the order in which they are shown.
+_COSTS = {"params": "Parameters", "macs": "MACs", "file_bytes": "File size"}
+_LATENCY = re.compile(r"latency_ms/(p\d+)/(?:before|after)/b(\d+)")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the before/after table. `better` is None where neither direction is or nothing changed."""
+
+    key: str  # e.g. "macs", "latency_ms/p50/b1"
+    label: str
+    before: str
+    after: str
+    change: str  # e.g. "2.13x smaller", "-0.56 points"
+    better: bool | None
+    fraction: float | None = None  # after / before of a cost, for drawing
+
+
+def count(value: float) -> str:
+    """11173962 -> "11.17 M"."""
+    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= size:
+            return f"{value / size:.2f}{unit}"
+    return f"{value:.0f}"
+
+
+def size_bytes(value: float) -> str:
+    """1093632 -> "1.09 MB" (decimal units)."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(value) >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:.0f} B"
+
+
+def number(value: Any) -> str:
+    """Any plain value of a summary, short. Whole numbers keep their digits, floats get four that matter."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}".replace(",", "\u202f")
+    return str(value)
+
+
+def fingerprint(value: Any) -> str:
+    """A 64-bit fingerprint as 16 hexadecimal digits; text is shown as it is."""
+    return f"{value & (2**64 - 1):016x}" if isinstance(value, int) else str(value)
+
+
+def percent(fraction: float, digits: int = 2) -> str:
+    return f"{100 * fraction:.{digits}f} %"
+
+
+def _cost(key: str, label: str, before: float, after: float, show: Any, better: str, worse: str) -> Figure:
+    if before <= 0 or after <= 0 or before == after:
+        return Figure(key, label, show(before), show(after), "same" if before == after else "", None)
+    ratio = before / after
+    change = f"{ratio:.2f}x {better}" if ratio >= 1 else f"{1 / ratio:.2f}x {worse}"
+    return Figure(key, label, show(before), show(after), change, ratio > 1, after / before)
+
+
+def _accuracy(before: float, after: float) -> Figure:
+    points = 100 * (after - before)
+    change = f"{points:+.2f} points" if abs(points) >= 0.005 else "same"
+    return Figure("accuracy", "Accuracy", percent(before), percent(after), change, points > 0 if points else None)
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.2f} ms" if value < 100 else f"{value:.0f} ms"
+
+
+def _latencies(summary: dict[str, Any]) -> list[Figure]:
+    found = sorted({(int(m[2]), m[1]) for m in map(_LATENCY.fullmatch, summary) if m})
+    names = {"p50": "median"}
+    figures = []
+    for batch, quantile in found:
+        before = summary.get(f"latency_ms/{quantile}/before/b{batch}")
+        after = summary.get(f"latency_ms/{quantile}/after/b{batch}")
+        if before is not None and after is not None:
+            label = f"Latency {names.get(quantile, quantile)}, batch {batch}"
+            key = f"latency_ms/{quantile}/b{batch}"
+            figures.append(_cost(key, label, before, after, _milliseconds, "faster", "slower"))
+    return figures
+
+
+def before_after(summary: dict[str, Any]) -> list[Figure]:
+    """The rows of the before/after table: accuracy, costs, latencies, then any other `<name>/before|after` pair."""
+    figures = []
+    pairs = [key.removesuffix("/before") for key in summary if key.endswith("/before")]
+    pairs = [key for key in pairs if f"{key}/after" in summary]
+    pairs.sort(key=lambda key: (["accuracy", *_COSTS].index(key) if key in _COSTS or key == "accuracy" else 99, key))
+    others = []
+    for key in pairs:
+        before, after = summary[f"{key}/before"], summary[f"{key}/after"]
+        if before is None or after is None:
+            continue
+        if key == "accuracy":
+            figures.append(_accuracy(before, after))
+        elif key in _COSTS:
+            show = size_bytes if key == "file_bytes" else count
+            figures.append(_cost(key, _COSTS[key], before, after, show, "smaller", "larger"))
+        else:
+            others.append(Figure(key, key, number(before), number(after), "", None))
+    return figures + _latencies(summary) + others

@@ -1,0 +1,88 @@
+"""What a run tells while it goes: metrics.jsonl, the progress line, events, W&B. Everything happens on rank 0."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_compress import comm
+from dist_compress.config import Config
+from dist_compress.reporting import records
+from dist_compress.reporting.console import ProgressLine, console, summary_table
+from dist_compress.reporting.tracker import Tracker
+
+_log = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Call it alike on every rank; on all but rank 0 every method does nothing. No collectives.
+
+    Writes `run_dir/metrics.jsonl` (one line a step) and `run_dir/events.jsonl`. With `resumed`, lines at or after the
+    first step that is logged again are dropped. `total_steps` are optimizer steps; steps count from 0.
+    """
+
+    def __init__(self, config: Config, run_dir: str | Path, total_steps: int, resumed: bool = False) -> None:
+        self._active = comm.rank() == 0
+        self._step = -1
+        self._resumed = resumed
+        self._summary: dict[str, Any] = {}
+        self.run_dir = Path(run_dir)
+        if not self._active:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._metrics = records.Records(self.run_dir / "metrics.jsonl", resumed=resumed)
+        self._events = records.Records(self.run_dir / "events.jsonl", resumed=resumed, merge=False)
+        self._progress = ProgressLine(total_steps, config.train.global_batch_size)
+        facts = {"world_size": comm.world_size(), "total_steps": total_steps}
+        self._tracker = Tracker(config, self.run_dir, resumed=resumed, facts=facts)
+
+    def log(self, step: int, series: Mapping[str, float]) -> None:
+        """Record series measured after optimizer step `step`. Series of one step may come in several calls."""
+        if not self._active or not series:
+            return
+        self._step = step
+        values = {name: float(value) for name, value in series.items()}
+        self._metrics.add(step, values)
+        self._progress.update(step, values)
+        self._tracker.log(step, values)
+
+    def event(self, text: str, step: int | None = None) -> None:
+        """Something worth a line on the console and in the report, e.g. a decision. `step`: the last one logged."""
+        if not self._active:
+            return
+        _log.info("%s", text)
+        step = self._step if step is None else step
+        if step >= 0 or not self._resumed:  # before the first step of a resumed run nobody knows where it goes on
+            self._events.add(step, {"text": text})
+
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        """The flat result of the run, shown as a table by `close` and sent to W&B under the same names."""
+        if self._active:
+            self._summary = dict(summary)
+            self._tracker.summary(self._summary)
+
+    def close(self, finished: bool = True) -> None:
+        """End the progress line, print the table, end the W&B run. Waits for W&B for a bounded time. Call once."""
+        if not self._active:
+            return
+        self._active = False
+        self._progress.close()
+        self._metrics.close()
+        self._events.close()
+        if self._summary:
+            console().print(summary_table(self._summary))
+        command = self._tracker.close(finished)
+        if command:
+            console().print(f"W&B recorded offline. To upload: {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> None:
+    """`run_dir/summary.json`, keys sorted, replaced in one go: a reader sees the old file or the new. Rank 0 only."""
+    file = Path(run_dir) / "summary.json"
+    draft = file.with_suffix(".json.part")
+    draft.write_text(json.dumps(dict(summary), indent=2, sort_keys=True) + "\n")
+    os.replace(draft, file)

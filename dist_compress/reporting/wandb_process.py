@@ -1,0 +1,121 @@
+"""The process that talks to W&B, so that nothing W&B does (waiting for a network, an exit hook) can hold up the run.
+
+Started by `tracker.py` as `python wandb_process.py START MODE`. START is a JSON file with the keyword arguments of
+`wandb.init`; stdin brings one JSON object a line: {"log": {...}, "step": n}, {"summary": {...}}, {"finish": true}.
+stdout answers with {"warning": text} and {"folder": path}. Imports nothing of this package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+_ONLINE_START_S = 20  # for login and init together
+_UPLOAD_S = 20  # for what is left to upload at the end
+
+
+def _say(**message: Any) -> None:
+    os.write(_ANSWERS, json.dumps(message).encode() + b"\n")
+
+
+def _reachable(url: str) -> None:
+    """Raise OSError when nobody answers at the host of the server. A proxy is trusted unseen."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return
+    parts = urlsplit(url)
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    socket.create_connection((parts.hostname or "", port), timeout=5).close()
+
+
+def _start(arguments: dict[str, Any], mode: str) -> Any:
+    import wandb
+
+    if mode == "online":
+        if not wandb.login(prompt=False):
+            raise RuntimeError("no API key (run `wandb login`, or set WANDB_API_KEY)")
+        _reachable(wandb.setup().settings.base_url)
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        login_timeout=5,
+        init_timeout=10,
+        finish_timeout=_UPLOAD_S,
+        x_stats_pid=os.getppid(),  # system metrics of the run, not of this helper
+    )
+    return wandb.init(mode=mode, resume="allow", settings=settings, **arguments)
+
+
+def _too_late(signum: int, frame: Any) -> None:
+    raise TimeoutError(f"no answer within {_ONLINE_START_S} s")
+
+
+def _start_or_fall_back(file: Path, mode: str) -> Any:
+    """The run; when going online fails, this process begins anew, offline, and never returns from here."""
+    arguments = json.loads(file.read_text())
+    signal.signal(signal.SIGALRM, _too_late)
+    signal.alarm(_ONLINE_START_S)
+    try:
+        return _start(arguments, mode)
+    except Exception as error:  # anything: a logger must not decide over a run
+        if mode != "online":
+            raise
+        _say(warning=f"W&B cannot go online: {_short(error)}. The run is recorded offline.")
+    finally:
+        signal.alarm(0)
+    os.environ.pop("WANDB_SERVICE", None)  # the service of the failed attempt may be stuck
+    os.dup2(_ANSWERS, 1)
+    os.execv(sys.executable, [sys.executable, __file__, str(file), "offline"])
+
+
+def _short(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300].rstrip(".")
+
+
+def _serve(run: Any) -> None:
+    """Carry messages to W&B until told to finish. The end of stdin without that word means the run crashed."""
+    for line in sys.stdin.buffer:
+        message = json.loads(line)
+        if "log" in message:
+            if message["step"] >= run.step:  # a resumed run repeats steps W&B has; it would warn at each
+                run.log(message["log"], step=message["step"])
+        elif "summary" in message:
+            run.summary.update(message["summary"])
+        elif "finish" in message:
+            run.finish(exit_code=0)
+            return
+    run.finish(exit_code=1)
+
+
+def _give_up(text: str) -> None:
+    _say(warning=text)
+    os._exit(1)  # without W&B's exit hooks, which may wait for a network
+
+
+def main() -> None:
+    """Start, serve, finish. Any failure is one warning and the end of this process."""
+    global _ANSWERS
+    _ANSWERS = os.dup(1)  # W&B's own chatter on stdout and stderr goes to the log file
+    os.dup2(2, 1)
+    here = str(Path(__file__).parent)
+    sys.path[:] = [entry for entry in sys.path if entry != here]  # `import wandb` must not find our siblings
+    try:
+        run = _start_or_fall_back(Path(sys.argv[1]), sys.argv[2])
+        _say(folder=str(Path(run.dir).parent))
+        _serve(run)
+    except ModuleNotFoundError as error:
+        _give_up(f"W&B is off: {error}. Install it (pip install wandb), or set logger.name=none.")
+    except Exception as error:
+        _give_up(f"W&B is off from here: {_short(error)}. metrics.jsonl has the same series.")
+
+
+_ANSWERS = 1
+
+if __name__ == "__main__":
+    main()
