@@ -1,0 +1,142 @@
+"""What a model costs, measured: MACs, parameters, bytes, latency.
+
+MACs are half of what torch's FlopCounterMode counts: contractions (convolutions, matrix products, attention);
+element-wise work and normalisation are not in them, as in the literature's tables.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def macs(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> int:
+    """Multiply-accumulates of one forward pass on this input in evaluation mode; per sample at batch 1. Local."""
+    counter = FlopCounterMode(display=False)
+    # The fused kernels of attention are opaque to the counter.
+    with _evaluating(model), _fused_transformer_off(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(*args, **(kwargs or {}))
+    return counter.get_total_flops() // 2
+
+
+def num_params(model: nn.Module) -> int:
+    """Elements of all parameters, tied ones once. Local."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def num_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors a weights file of this model holds: parameters and persistent buffers. Local."""
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def latency(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    batch_sizes: Sequence[int] = (1, 32),
+    time_s: float = 1.5,
+    num_threads: int = 1,
+) -> dict[str, dict[str, float]]:
+    """{"b1": {"p50": ms, "p90": ms}, "b32": ...} of one forward pass. See `latencies`."""
+    return latencies({"": model}, args, kwargs, batch_sizes, time_s, num_threads)[""]
+
+
+def latencies(
+    models: Mapping[str, nn.Module],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    batch_sizes: Sequence[int] = (1, 32),
+    time_s: float = 1.5,
+    num_threads: int = 1,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Median and 90th percentile of a forward pass in milliseconds: {model: {"b1": {"p50", "p90"}, ...}}. Local.
+
+    The models take turns call by call, first the one and then the other, so that what else the machine does falls
+    on all of them alike. In evaluation mode, without gradients, on `num_threads` CPU threads, the device awaited.
+    Batches are made by repeating the samples of the example, whose tensors have the batch in dim 0.
+    `time_s` bounds it in all; a batch so slow that it does not fit is still called 3 times after the warm-up.
+    """
+    times: dict[str, dict[str, dict[str, float]]] = {name: {} for name in models}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        for size in batch_sizes:
+            inputs = resize_batch((args, dict(kwargs or {})), size)
+            measured = _take_turns(models, *inputs, time_s / len(batch_sizes))
+            for name, seconds in measured.items():
+                p50, p90 = torch.tensor(seconds, dtype=torch.float64).quantile(
+                    torch.tensor([0.5, 0.9]).double()
+                )
+                times[name][f"b{size}"] = {"p50": p50.item() * 1e3, "p90": p90.item() * 1e3}
+    finally:
+        torch.set_num_threads(threads)
+    return times
+
+
+def resize_batch(inputs: Any, size: int) -> Any:
+    """Every tensor [B, ...] of a nest as [size, ...], by dropping or repeating samples; scalars as they are."""
+
+    def resize(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0:
+            return leaf
+        return leaf[torch.arange(size, device=leaf.device) % leaf.shape[0]]
+
+    return tree_map(resize, inputs)
+
+
+def _take_turns(
+    models: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], time_s: float
+) -> dict[str, list[float]]:
+    """Seconds of each call. The order turns round every time, as the second caller finds warmer caches."""
+    order = list(models)
+    seconds: dict[str, list[float]] = {name: [] for name in order}
+    end = time.perf_counter() + time_s
+    rounds = 0
+    while rounds < 5 or time.perf_counter() < end:  # the first 2 of 5 are the warm-up
+        for name in order:
+            with _evaluating(models[name]):
+                _synchronize()
+                start = time.perf_counter()
+                models[name](*args, **kwargs)
+                _synchronize()
+            seconds[name].append(time.perf_counter() - start)
+        order.reverse()
+        rounds += 1
+    return {name: values[2:] for name, values in seconds.items()}
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own flag comes back."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextmanager
+def _fused_transformer_off() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
