@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def macs(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> int:
-    """Multiply-accumulates of one forward pass on this input in evaluation mode; per sample at batch 1. Local."""
+    """Multiply-accumulates of one forward pass in evaluation mode; of one sample if the batch is 1. Local."""
     counter = FlopCounterMode(display=False)
     # The fused kernels of attention are opaque to the counter.
     with _evaluating(model), _fused_transformer_off(), sdpa_kernel(SDPBackend.MATH), counter:
@@ -58,12 +58,12 @@ def latencies(
     time_s: float = 1.5,
     num_threads: int = 1,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Median and 90th percentile of a forward pass in milliseconds: {model: {"b1": {"p50", "p90"}, ...}}. Local.
+    """Median and 90th percentile of a forward pass in ms: {model: {"b1": {"p50": , "p90": }, ...}}. Local.
 
-    The models take turns call by call, first the one and then the other, so that what else the machine does falls
-    on all of them alike. In evaluation mode, without gradients, on `num_threads` CPU threads, the device awaited.
-    Batches are made by repeating the samples of the example, whose tensors have the batch in dim 0.
-    `time_s` bounds it in all; a batch so slow that it does not fit is still called 3 times after the warm-up.
+    The models take turns call by call, so that what else the machine does falls on all of them alike. In
+    evaluation mode, without gradients, on `num_threads` CPU threads, the device awaited. Batches are made by
+    repeating the samples of the example, whose tensors have the batch in dim 0. `time_s` bounds it in all; a
+    batch so slow that it does not fit is still called once to warm up and once to measure.
     """
     times: dict[str, dict[str, dict[str, float]]] = {name: {} for name in models}
     threads = torch.get_num_threads()
@@ -73,10 +73,8 @@ def latencies(
             inputs = resize_batch((args, dict(kwargs or {})), size)
             measured = _take_turns(models, *inputs, time_s / len(batch_sizes))
             for name, seconds in measured.items():
-                p50, p90 = torch.tensor(seconds, dtype=torch.float64).quantile(
-                    torch.tensor([0.5, 0.9]).double()
-                )
-                times[name][f"b{size}"] = {"p50": p50.item() * 1e3, "p90": p90.item() * 1e3}
+                ms = torch.tensor(seconds, dtype=torch.float64) * 1e3
+                times[name][f"b{size}"] = {"p50": ms.quantile(0.5).item(), "p90": ms.quantile(0.9).item()}
     finally:
         torch.set_num_threads(threads)
     return times
@@ -101,7 +99,7 @@ def _take_turns(
     seconds: dict[str, list[float]] = {name: [] for name in order}
     end = time.perf_counter() + time_s
     rounds = 0
-    while rounds < 5 or time.perf_counter() < end:  # the first 2 of 5 are the warm-up
+    while rounds < 2 or time.perf_counter() < end:
         for name in order:
             with _evaluating(models[name]):
                 _synchronize()
@@ -111,11 +109,12 @@ def _take_turns(
             seconds[name].append(time.perf_counter() - start)
         order.reverse()
         rounds += 1
-    return {name: values[2:] for name, values in seconds.items()}
+    warmup = max(1, rounds // 10)
+    return {name: values[warmup:] for name, values in seconds.items()}
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
