@@ -36,7 +36,7 @@ def build(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.target is not None:
-            return _from_target(config)
+            return _from_target(config, num_classes)
         source = _SOURCES.get(config.source)
         if source is None:
             raise UserError(
@@ -133,20 +133,34 @@ def _from_hf_folder(
     return model
 
 
-def _from_target(config: ModelConfig) -> nn.Module:
-    """Calls the user's callable as Hydra would, with the arguments written beside `_target_` only."""
+def _from_target(config: ModelConfig, num_classes: int) -> nn.Module:
+    """Calls the user's callable as Hydra would. One that has a parameter `num_classes` is told it."""
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
     assert config.target is not None
     name = config.target.get("_target_")
     try:
-        model = instantiate({**config.target, "_convert_": "all"})
+        factory = instantiate({**config.target, "_convert_": "all", "_partial_": True})
     except InstantiationException as error:
         raise UserError(f"model._target_={name!r}: {error}") from error
+    kwargs = dict(config.kwargs)
+    if "num_classes" in _parameters(factory.func) and "num_classes" not in factory.keywords:
+        kwargs.setdefault("num_classes", num_classes)
+    try:
+        model = factory(**kwargs)
+    except TypeError as error:
+        raise UserError(f"model._target_={name!r} refuses its arguments: {error}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model._target_={name!r}: returned a {type(model).__name__}, not a torch.nn.Module.")
     return model.train()
+
+
+def _parameters(function: Callable[..., Any]) -> Iterable[str]:
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:  # some builtins have none
+        return ()
 
 
 _SOURCES: dict[str, Callable[[ModelConfig, int], nn.Module]] = {

@@ -81,7 +81,7 @@ def latencies(
 
 
 def resize_batch(inputs: Any, size: int) -> Any:
-    """Every tensor [B, ...] of a nest as [size, ...], by dropping or repeating samples; scalars as they are."""
+    """Every tensor [B, ...] of a nest as [size, ...], by dropping or repeating samples; scalars unchanged."""
 
     def resize(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0:

@@ -1,6 +1,7 @@
 """Models by source and name: shapes, seeds, and what the user is told."""
 
 import sys
+import types
 
 import pytest
 import torch
@@ -57,6 +58,28 @@ def test_the_shortcut_subsamples_and_pads_channels_with_zeros():
     assert y.shape == (1, 32, 4, 4)
     assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2])
     assert not y[:, :8].any() and not y[:, 24:].any()
+
+
+def tiny(num_classes, width=4):
+    return torch.nn.Linear(width, num_classes)
+
+
+def sized(width=4):
+    return torch.nn.Linear(width, 2)
+
+
+def test_a_callable_of_the_users_is_told_num_classes_when_it_asks(monkeypatch):
+    package = types.ModuleType("their_package")
+    package.tiny, package.sized = tiny, sized
+    monkeypatch.setitem(sys.modules, "their_package", package)
+    told = build(ModelConfig(target={"_target_": "their_package.tiny", "width": 3}), num_classes=7, seed=0)
+    assert told.weight.shape == (7, 3)
+    own = build(
+        ModelConfig(target={"_target_": "their_package.tiny", "num_classes": 5}), num_classes=7, seed=0
+    )
+    assert own.weight.shape == (5, 4)
+    silent = build(ModelConfig(target={"_target_": "their_package.sized"}), num_classes=7, seed=0)
+    assert silent.weight.shape == (2, 4)
 
 
 @pytest.mark.parametrize(
