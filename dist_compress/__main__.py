@@ -21,6 +21,7 @@ from dist_compress import compose
 from dist_compress.config import Config
 from dist_compress.errors import UserError
 
+_YIELD_S = 1  # torchrun blames the first to exit and stops the others: not the one that only lost contact
 _TOLD_BY_RANK_0_S = 15  # how long the other ranks wait for rank 0 to say what they all found
 _LAST_WORDS_S = 2  # torchrun's SIGTERM: time to say which collective lost contact
 _LOST_CONTACT = re.compile(
@@ -60,23 +61,21 @@ def _run(config: Config) -> int:
         comm.shutdown()
         return 0
     except BaseException as error:
-        text = _describe(error)
-        if comm.claim("error"):
-            run_folder.console.say(text)
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        lost_contact = isinstance(error, RuntimeError) and _LOST_CONTACT.search(str(error))
+        if isinstance(error, UserError):
+            text = f"error: {error}"
+        elif lost_contact:
+            text = f"error: rank {comm.rank()} lost contact with another rank in {_collective(error)}."
         else:
-            print(text, file=sys.stderr)
-            time.sleep(0.2)  # who exits makes torchrun stop the others: let the claimer speak first
+            text = trace
+        first = comm.claim("error")
+        (run_folder.console.say if first else run_folder.console.note)(text)
+        if text is not trace:
+            run_folder.console.note(trace)
+        if lost_contact or not first:
+            time.sleep(_YIELD_S)
         return 1
-
-
-def _describe(error: BaseException) -> str:
-    """What to show: the user's fault in a line, a lost rank in a line, our own fault with its traceback."""
-    if isinstance(error, UserError):
-        return f"error: {error}"
-    if isinstance(error, RuntimeError) and _LOST_CONTACT.search(str(error)):
-        traceback.print_exception(error)
-        return f"error: rank {_env_rank()} lost contact with another rank in {_collective(error)}."
-    return "".join(traceback.format_exception(error)).rstrip()
 
 
 def _collective(error: BaseException) -> str:

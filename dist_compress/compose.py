@@ -35,7 +35,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         raise UserError(f"{message}. Flags: python -m dist_compress --help")
 
     parser.error = refuse  # type: ignore[method-assign]
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     if args.config_path:
         raise UserError(f"--config-path={args.config_path}: add your folder with --config-dir instead.")
     if args.config_dir and not Path(args.config_dir).is_dir():

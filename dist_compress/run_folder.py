@@ -64,10 +64,11 @@ def _start_log(path: Path) -> None:
         log = open(path / "logs" / f"rank_{comm.rank()}.log", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise _unwritable(path, error) from None
+    console.log = log
     if comm.rank() == 0:
         sys.stdout, sys.stderr = Tee(sys.stdout, log), Tee(sys.stderr, log)
     else:
-        console.keep(os.dup(2))
+        console.terminal = os.dup(2)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(log.fileno(), stream.fileno())  # the file descriptor: also what C++ code prints
@@ -112,19 +113,22 @@ class _CurrentStderr(logging.StreamHandler):
 
 
 class Console:
-    """The terminal itself, also of a rank whose own output goes to its log."""
+    """The terminal itself, also of a rank whose own output goes to its log. All local."""
 
     def __init__(self) -> None:
-        self.descriptor: int | None = None
-
-    def keep(self, descriptor: int) -> None:
-        self.descriptor = descriptor
+        self.terminal = 2  # file descriptor
+        self.log: TextIO | None = None
 
     def say(self, text: str) -> None:
-        """Print to the terminal, and to this rank's log where there is one. Local."""
-        print(text, file=sys.stderr, flush=True)
-        if self.descriptor is not None:
-            os.write(self.descriptor, (text + "\n").encode())
+        """Show on the terminal, and keep in the log."""
+        self.note(text)
+        sys.stdout.flush()
+        os.write(self.terminal, (text + "\n").encode())
+
+    def note(self, text: str) -> None:
+        """Keep in the log only."""
+        if self.log is not None:
+            print(text, file=self.log, flush=True)
 
 
 console = Console()

@@ -37,13 +37,16 @@ _COLUMNS = (
 def sweep(args: argparse.Namespace) -> int:
     """Run every point, show the table. Returns the exit code: 0 when no point failed."""
     folder = f"outputs/sweep_{time.strftime('%Y%m%d_%H%M%S')}"
+    overrides = []
     for override in args.overrides:
         key, _, value = override.partition("=")
         if key in ("run_dir", "hydra.sweep.dir"):
             folder = value.strip("'\"")
-            sys.argv.remove(override)
+        else:
+            overrides.append(override)
     path = Path(folder).resolve()
-    sys.argv.append(f"hydra.sweep.dir={_quoted(path)}")
+    flags = _flags(args.config_name, [args.config_dir] if args.config_dir else [])
+    sys.argv[1:] = ["--multirun", *flags, *overrides, f"hydra.sweep.dir={_quoted(path)}"]
     try:
         compose.hand_to_hydra(run_point)
         code = 0
@@ -71,11 +74,15 @@ def run_point(composed: Any) -> None:
     else:
         users = [s.path for s in job.runtime.config_sources if s.provider == "command-line"]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={num_ranks}", "-m", "dist_compress", *overrides]
-        command += [f"--config-name={job.job.config_name}", *(f"--config-dir={u}" for u in users)]
-        command += [f"run_dir={_quoted(folder)}"]
+        command += [f"--nproc-per-node={num_ranks}", "-m", "dist_compress"]
+        command += [*_flags(job.job.config_name, users), *overrides, f"run_dir={_quoted(folder)}"]
         point["exit_code"] = subprocess.run(command).returncode
     told.write_text(json.dumps(point))
+
+
+def _flags(config_name: str | None, config_dirs: list[str]) -> list[str]:
+    names = [f"--config-name={config_name}"] if config_name else []
+    return names + [f"--config-dir={folder}" for folder in config_dirs]
 
 
 def _quoted(path: Path) -> str:
