@@ -1,0 +1,34 @@
+"""First-order Taylor importance at the unit's gate (Molchanov et al. 2019, arXiv:1906.10771).
+
+A gate z = 1 on a unit's output has dL/dz = gamma * dL/dgamma + beta * dL/dbeta behind a norm, and
+sum(w * dL/dw) + b * dL/db where no norm follows. The importance is the mean over micro-batches of (dL/dz)^2, the
+estimated loss change squared. Never sum(w * dL/dw) of a weight that a batch norm follows: it is zero by scale invariance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dist_compress.pruning.metric import Metric, View
+
+
+@dataclass
+class Options:
+    pass
+
+
+class Taylor(Metric):
+    data_driven = True
+
+    def gate_statistic(self, gate: torch.Tensor) -> torch.Tensor:
+        return gate.square()
+
+    def unit_scores(self, view: View) -> torch.Tensor:
+        assert view.statistic is not None
+        return view.statistic
+
+    def element_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+        assert grad is not None
+        return (weight * grad).abs()

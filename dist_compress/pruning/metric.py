@@ -1,0 +1,82 @@
+"""What a pruning method has to say: one number for each unit or element, higher = keep. Nothing about when or where.
+
+A method file holds a dataclass `Options` and one subclass of `Metric`; the pruner does the rest: selection, masks,
+schedules, ranks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from dist_compress import method
+from dist_compress.config import merge
+from dist_compress.errors import UserError
+from dist_compress.target import Member
+
+
+@dataclass
+class View:
+    """A set of units as its owner sees it at a decision."""
+
+    num_units: int
+    scored: tuple[Member, ...]  # the weight slices that belong to the targets
+    latent: Callable[[str], torch.Tensor]  # parameter by name, uncompressed
+    statistic: torch.Tensor | None = None  # float64 [num_units]: mean of `gate_statistic` since the last decision
+
+    def weights(self) -> list[torch.Tensor]:
+        """For each scored weight, [num_units, elements of a unit]: its slices, flattened."""
+        return [slices(self.latent(member.fqn), member) for member in self.scored]
+
+
+class Metric:
+    """The base of every metric. Scores are local: each unit set is scored by one rank, elements by their owner."""
+
+    data_driven = False  # True: gradients are wanted, and at least one step before the first decision
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    def gate_statistic(self, gate: torch.Tensor) -> torch.Tensor:
+        """What one micro-batch adds to the statistic: float64 [num_units] from dL/dgate, float64 [num_units]."""
+        raise NotImplementedError
+
+    def unit_scores(self, view: View) -> torch.Tensor:
+        """float64 [num_units]."""
+        raise NotImplementedError
+
+    def element_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+        """float [n] from a run of n weights and, when data-driven, their reduced gradient."""
+        raise NotImplementedError
+
+
+def slices(tensor: torch.Tensor, member: Member) -> torch.Tensor:
+    """[num_units, elements of a unit]: what of a parameter belongs to each unit."""
+    moved = tensor.movedim(member.dim, 0)
+    return moved[member.index.to(tensor.device)].flatten(1)
+
+
+def build_metric(name: str, options: dict[str, Any], key: str) -> Metric:
+    """The metric of method `name`, configured under `key`. Local. Raises UserError."""
+    module = method.load("pruning", f"{key}.method", name)
+    kind = _metric_class(module, f"{key}.method={name!r}")
+    if not hasattr(module, "Options"):
+        raise UserError(f"{key}.method={name!r}: {module.__name__} has no dataclass `Options`. Add one, empty if need be.")
+    return kind(merge(module.Options, options, f"{key}.options"))
+
+
+def _metric_class(module: ModuleType, what: str) -> type[Metric]:
+    found = [
+        kind
+        for _, kind in inspect.getmembers(module, inspect.isclass)
+        if issubclass(kind, Metric) and kind.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        names = ", ".join(kind.__name__ for kind in found) or "none"
+        raise UserError(f"{what}: {module.__name__} must define one subclass of Metric, but has {names}.")
+    return found[0]

@@ -1,0 +1,93 @@
+"""When a pruner decides, and how much of the ratio it then spends.
+
+A decision "at t" is taken after t optimizer steps. `linear` spends an equal share at each decision; `agp` follows
+Zhu & Gupta 2017 (arXiv:1710.01878), s = s_final (1 - (1 - p)^3); a dotted path names the user's own f(p). The last
+decision always spends everything, also when the run is so short that decisions fall on the same step.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from dist_compress.config import ScheduleConfig
+from dist_compress.duration import duration
+from dist_compress.errors import UserError
+
+_CURVES: dict[str, Callable[[float], float]] = {
+    "one_shot": lambda progress: 1.0,
+    "linear": lambda progress: progress,
+    "agp": lambda progress: 1.0 - (1.0 - progress) ** 3,
+}
+_KEY = "pruning.schedule"
+
+
+def decisions(
+    schedule: ScheduleConfig, total_steps: int, steps_per_epoch: float, data_driven: str = ""
+) -> dict[int, float]:
+    """{t: fraction of the ratio in [0, 1]}, t ascending, the last fraction exactly 1.
+
+    `num_decisions` are evenly spaced from start to end, the only one of a single decision lies at the later of both.
+    `data_driven` names a method that needs gradients: its first decision needs a step before it.
+    """
+    start, end = (
+        duration(value, f"{_KEY}.{key}", total_steps, steps_per_epoch)
+        for key, value in (("start", schedule.start), ("end", schedule.end))
+    )
+    number = schedule.num_decisions
+    if number < 1:
+        raise UserError(f"{_KEY}.num_decisions={number}: at least 1 decision is needed.")
+    if schedule.name == "one_shot" and number != 1:
+        raise UserError(f"{_KEY}.num_decisions={number}: one_shot decides once. Set it to 1, or name=linear or agp.")
+    if number > 1 and end < start:
+        raise UserError(f"{_KEY}.end={schedule.end} (step {end}) lies before start={schedule.start} (step {start}).")
+    if max(start, end) > total_steps:
+        raise UserError(
+            f"{_KEY}: the last decision lies at step {max(start, end)}, but the run has {total_steps}. "
+            "Lower start and end, or give them as fractions of the run."
+        )
+    curve = _curve(schedule.name)
+    times = [max(start, end)] if number == 1 else [
+        start + round(Fraction((end - start) * i, number - 1)) for i in range(number)
+    ]
+    plan = {t: _fraction(curve, schedule.name, (i + 1) / number) for i, t in enumerate(times)}
+    plan[times[-1]] = 1.0
+    if sorted(plan.values()) != list(plan.values()):
+        raise UserError(f"{_KEY}.name={schedule.name!r}: fractions must not fall, got {list(plan.values())}.")
+    return _leave_a_step(plan, schedule, total_steps, data_driven)
+
+
+def _leave_a_step(plan: dict[int, float], schedule: ScheduleConfig, total_steps: int, method: str) -> dict[int, float]:
+    """A start that rounds to step 0 in a short run means step 1 for a method that needs gradients; 0 itself is refused."""
+    if not method or 0 not in plan:
+        return plan
+    given = [schedule.start] if schedule.num_decisions > 1 else [schedule.start, schedule.end]
+    if total_steps == 0 or not any(re.search("[1-9]", str(value)) for value in given):
+        raise UserError(
+            f"{_KEY}.start={schedule.start}: the first decision would come before the first optimizer step, but "
+            f"{method} scores by gradients. Leave it at least one step, e.g. {_KEY}.start=1steps (and end no earlier)."
+        )
+    fraction = plan.pop(0)
+    return dict(sorted({1: fraction, **plan}.items()))
+
+
+def _curve(name: str) -> Callable[[float], float]:
+    if name in _CURVES:
+        return _CURVES[name]
+    module, _, function = name.rpartition(".")
+    try:
+        curve = getattr(importlib.import_module(module), function) if module else None
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{_KEY}.name={name!r}: {error}. Allowed: {', '.join(_CURVES)}, or pkg.module.f.") from None
+    if not callable(curve):
+        raise UserError(f"{_KEY}.name={name!r}: no such schedule. Allowed: {', '.join(_CURVES)}, or pkg.module.f.")
+    return curve
+
+
+def _fraction(curve: Callable[[float], float], name: str, progress: float) -> float:
+    value = float(curve(progress))
+    if not 0.0 <= value <= 1.0:
+        raise UserError(f"{_KEY}.name={name!r}: f({progress:g}) = {value:g} is not a fraction in [0, 1].")
+    return value
