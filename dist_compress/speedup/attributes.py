@@ -1,0 +1,76 @@
+"""The integers of modules that follow the shapes of their parameters."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dist_compress.speedup.keep import Keep
+from dist_compress.speedup.movement import View
+from dist_compress.speedup.rules import rule_of
+from dist_compress.speedup.structure import Structure
+from dist_compress.tracing import Ref
+
+# Per module type: which integer is the size of which dim of the weight.
+_SIZES: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
+    (nn.Linear, {"out_features": 0, "in_features": 1}),
+    (nn.modules.batchnorm._NormBase, {"num_features": 0}),
+    (nn.GroupNorm, {"num_channels": 0}),
+    (nn.Embedding, {"num_embeddings": 0, "embedding_dim": 1}),
+    (nn.PReLU, {"num_parameters": 0}),
+)
+
+
+def attributes(s: Structure, keep: Keep, model: nn.Module) -> dict[str, int]:
+    """{"module fqn.attribute": new value} for every integer that changes."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, int] = {}
+    groups = {c.b.id: c.groups for c in s.contractions if c.groups is not None}
+    for key in s.known():
+        info = s.trace.info(Ref(key))
+        for fqn in info.all_fqns:
+            owner, _, name = fqn.rpartition(".")
+            if name not in ("weight", "running_mean"):
+                continue
+            module = modules[owner]
+            sizes = [int(keep.kept[var].sum()) for var in s.dims(Ref(key))]
+            new = {}
+            if isinstance(module, nn.modules.conv._ConvNd):
+                num_groups = int(keep.kept[groups[key]].sum()) if key in groups else 1
+                new = _convolution(module, sizes, num_groups)
+            for kind, names in _SIZES:
+                if isinstance(module, kind):
+                    new = {attr: sizes[dim] for attr, dim in names.items()}
+            if isinstance(module, nn.GroupNorm):
+                new["num_groups"] = int(keep.kept[s.whole_groups[key]].sum())
+            found |= {f"{owner}.{attr}".lstrip("."): n for attr, n in new.items() if getattr(module, attr) != n}
+    return found | _head_counts(s, keep, modules)
+
+
+def _convolution(module: nn.modules.conv._ConvNd, sizes: list[int], groups: int) -> dict[str, int]:
+    out, into = (sizes[1], sizes[0]) if module.transposed else (sizes[0], sizes[1])
+    if module.transposed:
+        return {"in_channels": into, "out_channels": out * groups, "groups": groups}
+    return {"in_channels": into * groups, "out_channels": out, "groups": groups}
+
+
+def _head_counts(s: Structure, keep: Keep, modules: dict[str, nn.Module]) -> dict[str, int]:
+    """Integers of users' modules that their views split by: `num_heads` in reshape(B, N, 3, self.num_heads, -1).
+
+    An integer is set when it equals the old size of a dim that a view of this very module made or read, and all such
+    dims of this size shrank alike. Whether that was right is decided by the rehearsal of the plan.
+    """
+    changes: dict[tuple[str, int], set[int]] = {}
+    for op in s.trace.tape:
+        if isinstance(rule_of(op), View):
+            for ref in (*op.inputs, *op.outputs):
+                for var in s.dims(ref):
+                    changes.setdefault((op.module, s.sizes[var]), set()).add(int(keep.kept[var].sum()))
+    found = {}
+    for (owner, size), new in changes.items():
+        module = modules[owner]
+        if type(module).__module__.startswith("torch.nn.") or new == {size} or len(new) > 1:
+            continue
+        for name, value in vars(module).items():
+            if type(value) is int and value == size and not name.startswith("_"):
+                found[f"{owner}.{name}".lstrip(".")] = next(iter(new))
+    return found

@@ -1,0 +1,204 @@
+"""Ops that mix along some dims and leave the others alone: norms, softmax, reductions, pooling, embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from dist_compress.speedup import sets
+from dist_compress.speedup.rule import Rule, Seen, rank
+from dist_compress.speedup.structure import Structure
+from dist_compress.tracing import Op, Ref
+
+
+class Dimwise(Rule):
+    """Mixes along `special(op, rank)` of its first tensor; these dims are kept whole."""
+
+    why = "mixes along it"
+
+    def special(self, op: Op, num_dims: int) -> set[int]:
+        dims = op.arg("dim")
+        if dims is None or dims == []:
+            return set(range(num_dims))
+        dims = [dims] if isinstance(dims, int) else dims
+        return {d % num_dims for d in dims}
+
+    def link(self, op: Op, s: Structure) -> None:
+        x = op.inputs[0]
+        own = s.dims(x)
+        special = self.special(op, len(own))
+        for d in special:
+            s.pin(own[d], self.why, op)
+        for out in op.outputs:
+            if out is None:
+                continue
+            dims = s.dims(out)
+            kept = [d for d in range(len(own)) if d not in special]
+            places = kept if len(dims) == len(own) else range(len(kept))
+            for d, place in zip(kept, places, strict=True):
+                if s.sizes[own[d]] == s.sizes[dims[place]]:
+                    s.same(own[d], dims[place])
+            for place in set(range(len(dims))) - set(places):
+                s.pin(dims[place], self.why, op)
+        for ref in op.inputs[1:]:
+            self.link_affine(ref, op, s)
+
+    def link_affine(self, ref: Ref, op: Op, s: Structure) -> None:
+        s.pin_all(ref, self.why, op)
+
+    def taint(self, op: Op, f) -> list[torch.Tensor]:
+        s = f.tainted(op.inputs[0])
+        special = self.special(op, s.dim())
+        s = sets.any_over(s, sorted(special))
+        if any(bool(f.tainted(ref).any()) for ref in op.inputs[1:]):
+            s = sets.uniform(s.dim(), True)
+        dropped = s.reshape([n for d, n in enumerate(s.shape) if d not in special])
+        return [s if rank(ref, f) == s.dim() else dropped for ref in op.outputs]
+
+    def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
+        shape = f.shape(op.inputs[0])
+        special = self.special(op, len(shape))
+        for s in seen:
+            if s is not None and s.dim() < len(shape):
+                for d in sorted(special):
+                    s = s.unsqueeze(d)
+            if s is not None:
+                yield op.inputs[0], sets.any_over(s, sorted(special))
+        for ref in op.inputs[1:]:
+            yield ref, sets.uniform(len(f.shape(ref)), True)
+
+
+class Window(Dimwise):
+    """Pooling and interpolation over the last dims: "2d" in the name says how many."""
+
+    why = "slides over it"
+
+    def special(self, op: Op, num_dims: int) -> set[int]:
+        spatial = next((n for n in (1, 2, 3) if f"{n}d" in op.name), num_dims - 2)
+        return set(range(num_dims - spatial, num_dims))
+
+
+class LayerNorm(Dimwise):
+    why = "normalises over it"
+
+    def special(self, op: Op, num_dims: int) -> set[int]:
+        return set(range(num_dims - len(op.arg("normalized_shape")), num_dims))
+
+    def link_affine(self, ref: Ref, op: Op, s: Structure) -> None:
+        own, dims = s.dims(op.inputs[0]), s.dims(ref)
+        for d, var in enumerate(dims):
+            s.same(own[len(own) - len(dims) + d], var)
+            s.role(ref, d, "affine")
+
+
+class BatchNorm(Rule):
+    """In eval an affine map per channel; with batch statistics it mixes over everything but channels."""
+
+    def link(self, op: Op, s: Structure) -> None:
+        x, out = op.inputs[0], op.outputs[0]
+        for a, b in zip(s.dims(x), s.dims(out), strict=True):
+            s.same(a, b)
+        for ref in op.inputs[1:]:
+            s.same(s.dims(x)[1], s.dims(ref)[0])
+            s.role(ref, 0, "affine")
+        if op.arg("training"):
+            for d in range(len(s.dims(x))):
+                if d != 1:
+                    s.pin(s.dims(x)[d], "takes statistics over it", op)
+
+    def _mixed(self, s: torch.Tensor, op: Op) -> torch.Tensor:
+        return sets.any_over(s, [d for d in range(s.dim()) if d != 1]) if op.arg("training") else s
+
+    def _scale(self, op: Op, f, num_dims: int) -> torch.Tensor:
+        weight = op.arg("weight")
+        known = torch.tensor([True]) if weight is None else f.nonzero(weight)
+        return known.reshape([1, -1] + [1] * (num_dims - 2))
+
+    def taint(self, op: Op, f) -> list[torch.Tensor]:
+        s = self._mixed(f.tainted(op.inputs[0]), op)
+        s = s & self._scale(op, f, s.dim())
+        return [s] + [sets.uniform(rank(ref, f), True) for ref in op.outputs[1:]]
+
+    def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
+        if seen[0] is not None:
+            s = seen[0] & self._scale(op, f, seen[0].dim())
+            yield op.inputs[0], self._mixed(s, op)
+
+
+class GroupNorm(Rule):
+    """Whole groups may go; within a group everything is kept."""
+
+    def link(self, op: Op, s: Structure) -> None:
+        x = op.inputs[0]
+        dims = s.dims(x)
+        for a, b in zip(dims, s.dims(op.outputs[0]), strict=True):
+            s.same(a, b)
+        groups = op.arg("group")
+        group, within = s.new(groups), s.new(s.sizes[dims[1]] // groups)
+        s.pin(within, "normalises over it", op)
+        s.box([dims[1]], [group, within], op)
+        for var in dims[2:]:
+            s.pin(var, "normalises over it", op)
+        for ref in op.inputs[1:]:
+            s.same(dims[1], s.dims(ref)[0])
+            s.role(ref, 0, "affine")
+            s.whole_groups[ref.id] = group
+
+    def _mixed(self, s: torch.Tensor, op: Op) -> torch.Tensor:
+        s = sets.any_over(s, range(2, s.dim()))
+        if s.size(1) == 1:
+            return s
+        groups = op.arg("group")
+        wide = s.reshape(s.size(0), groups, -1)
+        return wide.any(-1, keepdim=True).expand_as(wide).reshape(s.shape)
+
+    def _scale(self, op: Op, f, num_dims: int) -> torch.Tensor:
+        weight = op.arg("weight")
+        known = torch.tensor([True]) if weight is None else f.nonzero(weight)
+        return known.reshape([1, -1] + [1] * (num_dims - 2))
+
+    def taint(self, op: Op, f) -> list[torch.Tensor]:
+        s = self._mixed(f.tainted(op.inputs[0]), op)
+        s = s & self._scale(op, f, s.dim())
+        return [s] + [sets.uniform(rank(ref, f), True) for ref in op.outputs[1:]]
+
+    def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
+        if seen[0] is not None:
+            yield op.inputs[0], self._mixed(seen[0] & self._scale(op, f, seen[0].dim()), op)
+
+
+class Embedding(Rule):
+    """weight[indices]: the columns of the table are the features; its rows are all kept."""
+
+    def link(self, op: Op, s: Structure) -> None:
+        weight, indices = op.inputs[0], op.inputs[1]
+        rows, features = s.dims(weight)
+        dims = s.dims(op.outputs[0])
+        s.same(dims[-1], features)
+        for a, b in zip(s.dims(indices), dims[:-1], strict=True):
+            s.same(b, a)
+        s.pin(rows, "looks it up by index", op)
+        s.role(weight, 1, "producer")
+
+    def taint(self, op: Op, f) -> list[torch.Tensor]:
+        weight, indices = op.inputs[0], op.inputs[1]
+        features = sets.any_over(f.nonzero(weight), [0]).reshape(-1)
+        s = f.tainted(indices).unsqueeze(-1) & features
+        return [s | sets.any_over(f.tainted(weight), [0]).reshape(-1)]
+
+    def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
+        for ref in op.inputs:
+            yield ref, sets.uniform(len(f.shape(ref)), True)
+
+
+class Reduction(Dimwise):
+    """mean, sum, amax, ...: the reduced dims are kept whole."""
+
+    why = "reduces over it"
+
+
+class Softmax(Dimwise):
+    why = "normalises over it"
+
+

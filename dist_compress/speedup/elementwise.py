@@ -1,0 +1,85 @@
+"""Pointwise ops: broadcast operands share their dims; a known zero factor hides the other one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from dist_compress.speedup import sets
+from dist_compress.speedup.rule import Rule, Seen, rank, union
+from dist_compress.speedup.structure import Structure
+from dist_compress.tracing import Op, Ref
+
+
+class Pointwise(Rule):
+    """f(0) need not be 0: whether an untainted result is zero is read off the real run."""
+
+    role = "producer"  # of a parameter that is added
+
+    def operands(self, op: Op) -> tuple[Ref, ...]:
+        return op.inputs
+
+    def link(self, op: Op, s: Structure) -> None:
+        for out in op.outputs:
+            if out is None:
+                continue
+            dims = s.dims(out)
+            for ref in op.inputs:
+                own = s.dims(ref)
+                for d in range(1, len(own) + 1):
+                    if s.sizes[own[-d]] == s.sizes[dims[-d]]:
+                        s.same(dims[-d], own[-d])
+        for ref in op.inputs:
+            for d in range(len(s.dims(ref))):
+                s.role(ref, d, self.role)
+
+    def taint(self, op: Op, f) -> list[torch.Tensor]:
+        total = torch.tensor(False)
+        for ref in self.operands(op):
+            total = total | f.tainted(ref)
+        return [pad(total, rank(ref, f)) for ref in op.outputs]
+
+    def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
+        total = union(seen)
+        for ref in self.operands(op):
+            yield ref, sets.fit(total, f.shape(ref))
+
+
+class Copy(Pointwise):
+    """copy_(target, source): the old target is gone, only its shape remains."""
+
+    def operands(self, op: Op) -> tuple[Ref, ...]:
+        return op.inputs[1:]
+
+
+class Fill(Pointwise):
+    """zeros_like(x), x.fill_(2): the shape of x, none of its values."""
+
+    def operands(self, op: Op) -> tuple[Ref, ...]:
+        return op.inputs[1:]
+
+
+class Product(Pointwise):
+    """a * b: each side is seen and tainted only where the other is not a known zero."""
+
+    role = "affine"
+
+    def taint(self, op: Op, f) -> list[torch.Tensor]:
+        if len(op.inputs) != 2:
+            return super().taint(op, f)
+        a, b = op.inputs
+        total = (f.tainted(a) & f.nonzero(b)) | (f.nonzero(a) & f.tainted(b))
+        return [pad(total, rank(ref, f)) for ref in op.outputs]
+
+    def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
+        if len(op.inputs) != 2:
+            yield from super().live(op, f, seen)
+            return
+        total = union(seen)
+        for ref, other in (op.inputs, reversed(op.inputs)):
+            yield ref, sets.fit(total & f.nonzero(other), f.shape(ref))
+
+
+def pad(s: torch.Tensor, num_dims: int) -> torch.Tensor:
+    return s.reshape((1,) * (num_dims - s.dim()) + tuple(s.shape))

@@ -1,0 +1,110 @@
+"""Known constants in slices that are about to go: into the next bias where that is exact, else the slices stay.
+
+A channel whose norm still has its shift is not zero but constant. What a contraction makes of the constants of its
+removed inputs is computed by running it on them; if that is one number per output channel, it is a bias.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dist_compress.speedup.facts import Facts
+from dist_compress.speedup.keep import Keep
+from dist_compress.speedup.origin import behind, makers
+from dist_compress.speedup.structure import Contraction, Structure
+
+_TOLERANCE = 1e-6  # of the largest constant: what counts as one number per channel
+
+
+def close_constants(s: Structure, facts: Facts, keep: Keep, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Grow `keep` until every removed constant can be folded; {bias fqn: its new value, kept channels only}."""
+    made_by = makers(s.trace)
+    uses: dict[int, int] = {}
+    for c in s.contractions:
+        weight, _ = behind(s.trace, made_by, c.b)
+        if weight is not None:
+            uses[weight.id] = uses.get(weight.id, 0) + 1
+    while True:
+        biases: dict[str, torch.Tensor] = {}
+        grown = False
+        for c in s.contractions:
+            contribution = _contribution(c, s, facts, keep)
+            if contribution is None:
+                continue
+            weight, _ = behind(s.trace, made_by, c.b)
+            bias = None
+            if weight is not None and uses[weight.id] == 1:
+                bias = _fold(c, s, contribution, model, s.trace.info(weight).all_fqns, keep)
+            if bias is None:
+                constants = ~keep.kept[c.contracted] & _holds_constants(c, facts)
+                keep.grow(c.contracted, constants, f"holds a constant that {c.op.name} in {c.op.module} cannot fold")
+                grown = True
+            else:
+                biases[bias[0]] = bias[1]
+        if not grown:
+            return biases
+        keep.close()
+
+
+def _holds_constants(c: Contraction, facts: Facts) -> torch.Tensor:
+    value = facts.value(c.a)
+    dim = _contracted_dim(c) % value.dim()
+    return (value != 0).transpose(0, dim).flatten(1).any(1).cpu()
+
+
+def _contracted_dim(c: Contraction) -> int:
+    return 1 if c.op.name == "convolution" else -1
+
+
+def _contribution(c: Contraction, s: Structure, facts: Facts, keep: Keep) -> torch.Tensor | None:
+    """What the removed inputs add to the kept outputs, float64, or None when that is nothing."""
+    removed = (~keep.kept[c.contracted]).nonzero().flatten()
+    if not len(removed) or not bool(_holds_constants(c, facts)[removed].any()):
+        return None
+    a, b = facts.value(c.a), facts.value(c.b)
+    removed = removed.to(a.device)
+    dim = _contracted_dim(c)
+    only = torch.zeros_like(a, dtype=torch.float64)
+    only.index_copy_(dim % a.dim(), removed, a.index_select(dim, removed).double())
+    if c.op.name == "convolution":
+        names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+        settings = [c.op.arg(name) for name in names]
+        total = torch.ops.aten.convolution(only, b.double(), None, *settings)
+    else:
+        total = only @ b.double()
+    out_var = s.dims(c.op.outputs[0])[c.result_dim]
+    kept = keep.kept[out_var].nonzero().flatten().to(a.device)
+    total = total.index_select(c.result_dim, kept)
+    return total if bool((total != 0).any()) else None
+
+
+def _fold(
+    c: Contraction, s: Structure, contribution: torch.Tensor, model: nn.Module, fqns: tuple[str, ...], keep: Keep
+) -> tuple[str, torch.Tensor] | None:
+    """(bias fqn, new kept values), or None where one bias cannot hold the constants."""
+    owner, _, name = fqns[0].rpartition(".")
+    module = model.get_submodule(owner)
+    padded = c.op.name == "convolution" and any(c.op.arg("padding"))
+    if len(fqns) != 1 or name != "weight" or padded or contribution.dim() == 3 and c.op.name == "bmm":
+        return None
+    if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or not _same_bias(c, s, module, owner):
+        return None
+    rows = contribution.movedim(c.result_dim, -1).flatten(0, -2)
+    spread = (rows - rows[0]).abs().max()
+    if float(spread) > _TOLERANCE * float(rows.abs().max()):
+        return None
+    kept = keep.kept[s.dims(c.op.outputs[0])[c.result_dim]].nonzero().flatten().to(rows.device)
+    bias = rows[0]
+    if module.bias is not None:
+        bias = bias + module.bias.detach().index_select(0, kept).double()
+    return f"{owner}.bias".lstrip("."), bias.to(module.weight.dtype).cpu()
+
+
+def _same_bias(c: Contraction, s: Structure, module: nn.Module, owner: str) -> bool:
+    """Whether the op adds exactly the module's own bias."""
+    inputs = [s.trace.info(ref) for ref in c.op.inputs]
+    biases = [i for i in inputs if i.kind == "param" and len(i.shape) == 1]
+    if module.bias is None:
+        return c.op.name in ("mm", "convolution") and len(inputs) == 2
+    return len(biases) == 1 and biases[0].all_fqns == (f"{owner}.bias".lstrip("."),)

@@ -1,0 +1,155 @@
+"""The least set of slices to keep: start from what is alive, grow by the constraints until nothing changes.
+
+Keeps live in a finite lattice and every constraint only grows them, so the fixpoint is unique, whatever the order.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+
+import torch
+
+from dist_compress.speedup import sets
+from dist_compress.speedup.facts import Facts
+from dist_compress.speedup.rules import rule_of
+from dist_compress.speedup.structure import Box, Link, Structure
+from dist_compress.tracing import Ref, Trace
+
+MultiheadAttention = torch.nn.MultiheadAttention
+
+
+def build(trace: Trace, model: torch.nn.Module) -> Structure:
+    """The constraint system of a tape (with values). Pins what user code or the caller fixes."""
+    s = Structure(trace)
+    for op in trace.tape:
+        rule_of(op).link(op, s)
+    for ref in trace.inputs:
+        s.pin_all(ref, "is an input of the model")
+    for ref in trace.outputs:
+        s.pin_all(ref, "is an output of the model")
+    attention = {name for name, m in model.named_modules() if isinstance(m, MultiheadAttention)}
+    for key, info in trace.tensors.items():
+        if info.kind == "const":
+            for var in s.dims(Ref(key)):
+                s.pin(var, "is a tensor that python code holds")
+        if info.kind == "param" and info.fqn.rpartition(".")[0] in attention:
+            for var in s.dims(Ref(key)):
+                s.pin(var, "is inside nn.MultiheadAttention, which takes its head size from its input's width")
+    s.close()
+    return s
+
+
+def pin_modules(s: Structure, modules: set[str]) -> dict[int, str]:
+    """Pins (by representative) for everything that ops directly in `modules` touch."""
+    pins: dict[int, str] = {}
+    for op in s.trace.tape:
+        if op.module in modules:
+            for ref in (*op.inputs, *op.outputs):
+                for var in s.dims(ref) if ref is not None else ():
+                    pins.setdefault(s.find(var), f"the code of {op.module or 'the model itself'} holds this size")
+    return pins
+
+
+class Keep:
+    """Keep vectors per variable, with the reason why each position is kept."""
+
+    def __init__(self, s: Structure, facts: Facts, extra_pins: dict[int, str]):
+        self.structure = s
+        self.reasons: list[str] = [""]
+        self._reason_ids: dict[str, int] = {"": 0}
+        roots = sorted({s.find(v) for v in range(len(s.parent))})
+        self.kept = {v: torch.zeros(s.sizes[v], dtype=torch.bool) for v in roots}
+        self.cause = {v: torch.zeros(s.sizes[v], dtype=torch.int32) for v in roots}
+        self._constraints: dict[int, list[Link | Box]] = defaultdict(list)
+        for link in s.links:
+            for var in {link.a, link.b}:
+                self._constraints[var].append(link)
+        for box in s.boxes:
+            for var in {*box.a, *box.b}:
+                self._constraints[var].append(box)
+        self._queue: deque[Link | Box] = deque()
+        self._seed(facts)
+        for var, why in {**extra_pins, **s.pins}.items():
+            self.grow(var, torch.ones(s.sizes[var], dtype=torch.bool), why)
+        self._keep_unreached(facts)
+        self.close()
+
+    def _seed(self, facts: Facts) -> None:
+        """What is alive on the tensors that depend on the input."""
+        s = self.structure
+        makers = {ref.id: op for op in s.trace.tape for ref in op.outputs if ref is not None}
+        for key in s.known():
+            ref = Ref(key)
+            if not facts.dependent(ref):
+                continue
+            alive = facts.alive(ref)
+            op = makers.get(key)
+            where = f"{op.name} in {op.module or 'the model itself'}" if op is not None else "an input"
+            if not bool(alive.any()):
+                continue
+            for d, var in enumerate(s.dims(ref)):
+                vector = sets.any_over(alive, [o for o in range(alive.dim()) if o != d]).reshape(-1)
+                self.grow(var, vector.expand(s.sizes[var]), f"is not zero after {where}")
+
+    def _keep_unreached(self, facts: Facts) -> None:
+        """Dims that only weights have, and that no constraint ties to data, stay whole."""
+        s = self.structure
+        reached = {var for key in s.known() if facts.dependent(Ref(key)) for var in s.dims(Ref(key))}
+        for var in self.kept:
+            if var not in reached and var not in self._constraints:
+                self.grow(var, torch.ones(s.sizes[var], dtype=torch.bool), "is not computed with the input")
+
+    def grow(self, var: int, vector: torch.Tensor, why: str) -> None:
+        """Keep the positions of `vector` too."""
+        fresh = vector & ~self.kept[var]
+        if bool(fresh.any()):
+            if why not in self._reason_ids:
+                self._reason_ids[why] = len(self.reasons)
+                self.reasons.append(why)
+            self.cause[var][fresh] = self._reason_ids[why]
+            self.kept[var] |= fresh
+            self._queue.extend(self._constraints[var])
+
+    def close(self) -> None:
+        """Run to the fixpoint; a variable of which nothing is kept keeps its first position."""
+        while True:
+            while self._queue:
+                constraint = self._queue.popleft()
+                if isinstance(constraint, Link):
+                    self._close_link(constraint)
+                else:
+                    self._close_box(constraint)
+            empty = [var for var, kept in self.kept.items() if len(kept) and not bool(kept.any())]
+            if not empty:
+                return
+            first = torch.zeros(len(self.kept[empty[0]]), dtype=torch.bool)
+            first[0] = True
+            self.grow(empty[0], first, "is the last slice left of its dim")
+
+    def _close_link(self, link: Link) -> None:
+        for a, ia, b, ib in ((link.a, link.index_a, link.b, link.index_b), (link.b, link.index_b, link.a, link.index_a)):
+            fresh = self.kept[b][ib] & ~self.kept[a][ia]
+            if bool(fresh.any()):
+                self.cause[a][ia[fresh]] = self.cause[b][ib[fresh]]
+                self.kept[a][ia[fresh]] = True
+                self._queue.extend(self._constraints[a])
+
+    def _close_box(self, box: Box) -> None:
+        kept_a = [self.kept[v] for v in box.a]
+        kept_b = [self.kept[v] for v in box.b]
+        if all(bool(k.all()) for k in (*kept_a, *kept_b)):
+            return
+        elements, image = sets.outer(kept_a), sets.outer(kept_b)
+        if box.source is None:
+            elements = elements | image
+            image = elements
+        else:
+            sources = box.source[image]
+            elements[sources[sources >= 0]] = True
+            image = elements[box.source.clamp(min=0)] & (box.source >= 0)
+        for variables, grid in ((box.a, elements), (box.b, image)):
+            sizes = [self.structure.sizes[v] for v in variables]
+            for var, vector in zip(variables, sets.sides(grid, sizes), strict=True):
+                self.grow(var, vector, box.reason)
+
+

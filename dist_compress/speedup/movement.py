@@ -1,0 +1,310 @@
+"""Pure data movement: ops that only say where each element goes.
+
+Views that merge or split dims act on groups of dims. Every other one is *separable* when each of its output dims is
+one input dim read through an index vector; this is found by running the op on coordinate grids, so there is no rule
+per op. What is not separable (pixel_shuffle) moves by a full element map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dist_compress.speedup import sets
+from dist_compress.speedup.rule import Rule, Seen, rank
+from dist_compress.speedup.structure import Structure
+from dist_compress.tracing import Op, Ref
+from dist_compress.tracing.tape import map_tensors
+
+
+@dataclass(frozen=True)
+class DimMap:
+    """Where each dim of one output comes from: (input dim, index vector); index None is the identity.
+
+    Index -1 is a position that holds a constant. Input dim None: a new dim. `fixed`: input dims read at one position.
+    """
+
+    dims: tuple[tuple[int | None, torch.Tensor | None], ...]
+    fixed: dict[int, int] = field(default_factory=dict)
+
+    def push(self, s: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """The set of the output from the set of the input, which has `shape`."""
+        for dim, position in self.fixed.items():
+            s = s.narrow(dim, position if s.size(dim) > 1 else 0, 1)
+        used = [dim for dim, _ in self.dims if dim is not None]
+        s = s.permute(used + [d for d in range(s.dim()) if d not in used])
+        s = s.reshape(s.shape[: len(used)])
+        for position, (dim, _) in enumerate(self.dims):
+            if dim is None:
+                s = s.unsqueeze(position)
+        for position, (dim, index) in enumerate(self.dims):
+            if dim is not None and index is not None:
+                s = self._read(s, position, index)
+        return s
+
+    def _read(self, s: torch.Tensor, position: int, index: torch.Tensor) -> torch.Tensor:
+        valid = index >= 0
+        if s.size(position) > 1:
+            s = s.index_select(position, index.clamp(min=0))
+        elif bool(valid.all()):
+            return s
+        return s & valid.view([-1 if d == position else 1 for d in range(s.dim())])
+
+    def pull(self, s: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """The observed set of the input, which has `shape`, from the one of the output."""
+        s = sets.any_over(s, [d for d, (dim, _) in enumerate(self.dims) if dim is None])
+        for position, (dim, index) in enumerate(self.dims):
+            if dim is not None and index is not None:
+                s = self._scatter(s, position, index, shape[dim])
+        kept = [d for d, (dim, _) in enumerate(self.dims) if dim is not None]
+        s = s.permute(kept + [d for d in range(s.dim()) if d not in kept]).reshape([s.size(d) for d in kept])
+        used = [dim for dim, _ in self.dims if dim is not None]
+        missing = [d for d in range(len(shape)) if d not in used]
+        s = s.reshape(list(s.shape) + [1] * len(missing))
+        order = used + missing
+        s = s.permute([order.index(d) for d in range(len(shape))])
+        for dim, position in self.fixed.items():
+            place = torch.arange(shape[dim]) == position
+            s = s & place.view([-1 if d == dim else 1 for d in range(len(shape))])
+        return s
+
+    def _scatter(self, s: torch.Tensor, position: int, index: torch.Tensor, size: int) -> torch.Tensor:
+        valid = index >= 0
+        if s.size(position) == 1 and int(index[valid].unique().numel()) == size:
+            return s
+        wide = s.expand([len(index) if d == position else n for d, n in enumerate(s.shape)])
+        source = wide.index_select(position, valid.nonzero().flatten()).to(torch.int32)
+        total = torch.zeros([size if d == position else n for d, n in enumerate(s.shape)], dtype=torch.int32)
+        return total.index_add_(position, index[valid], source) > 0
+
+    def link(self, a: Ref, b: Ref, s: Structure, op: Op, pin_index: bool) -> None:
+        dims_a, dims_b = s.dims(a), s.dims(b)
+        for position, (dim, index) in enumerate(self.dims):
+            if dim is None:
+                continue
+            if index is None:
+                s.same(dims_a[dim], dims_b[position])
+                continue
+            valid = index >= 0
+            s.link(dims_a[dim], index[valid], dims_b[position], valid.nonzero().flatten())
+            if pin_index:
+                s.pin(dims_a[dim], "reads it through an index or pads it by a fixed size", op)
+                s.pin(dims_b[position], "reads it through an index or pads it by a fixed size", op)
+        for dim in self.fixed:
+            s.pin(dims_a[dim], "reads it at a fixed position", op)
+
+
+def coordinates(op: Op, source: Ref, shape: tuple[int, ...], constants: dict[int, torch.Tensor]) -> list[Any]:
+    """A `DimMap` per output, or None for an output that is not separable."""
+    outputs: list[Any] = [None if ref is None else ([], {}) for ref in op.outputs]
+    for dim, size in enumerate(shape):
+        if size == 1:
+            continue
+        grid = torch.arange(size).view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
+        for slot, result in zip(outputs, run(op, source, grid, constants), strict=True):
+            if slot is not None:
+                slot[0].append((dim, result))
+    return [None if slot is None else _separate(slot[0], shape) for slot in outputs]
+
+
+def _separate(grids: list[tuple[int, torch.Tensor]], shape: tuple[int, ...]) -> DimMap | None:
+    if not grids:
+        return None
+    num_dims = grids[0][1].dim()
+    dims: list[tuple[int | None, torch.Tensor | None]] = [(None, None)] * num_dims
+    fixed: dict[int, int] = {}
+    for dim, grid in grids:
+        grid, varying = squeeze_uniform(grid)
+        if len(varying) > 1 or (varying and dims[varying[0]][0] is not None):
+            return None
+        if varying:
+            index = grid.flatten()
+            same = len(index) == shape[dim] and bool((index == torch.arange(shape[dim])).all())
+            dims[varying[0]] = (dim, None if same else index)
+        else:
+            fixed[dim] = int(grid.flatten()[0])
+    return DimMap(tuple(dims), fixed)
+
+
+def squeeze_uniform(grid: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """`grid` with each uniform dim narrowed to size 1, and the dims that vary."""
+    varying = []
+    for dim in range(grid.dim()):
+        first = grid.narrow(dim, 0, 1)
+        if grid.size(dim) == 1 or grid.stride(dim) == 0 or bool((grid == first).all()):
+            grid = first
+        else:
+            varying.append(dim)
+    return grid, varying
+
+
+def run(op: Op, source: Ref, value: torch.Tensor, constants: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+    """The op executed with `value` in place of tensor `source`."""
+
+    def argument(ref: Ref) -> torch.Tensor:
+        return value if ref == source else constants[ref.id]
+
+    result = op.target(*map_tensors(op.args, argument), **map_tensors(op.kwargs, argument))
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+class View(Rule):
+    """view, reshape, flatten, unflatten: the same elements in the same order."""
+
+    def link(self, op: Op, s: Structure) -> None:
+        s.view(op.inputs[0], op.outputs[0], op)
+
+    def taint(self, op: Op, f) -> list[torch.Tensor]:
+        a, b = op.inputs[0], op.outputs[0]
+        return [sets.reshape(f.tainted(a), f.shape(a), f.shape(b))]
+
+    def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
+        yield op.inputs[0], sets.reshape(seen[0], f.shape(op.outputs[0]), f.shape(op.inputs[0]))
+
+
+class Move(Rule):
+    """Everything else that only moves elements of its first tensor."""
+
+    indexed = False  # reads positions by an index that python holds
+
+    def maps(self, op: Op, shape: tuple[int, ...], constants: dict[int, torch.Tensor]) -> list[DimMap | None]:
+        return coordinates(op, op.inputs[0], shape, constants)
+
+    def link(self, op: Op, s: Structure) -> None:
+        constants = {ref.id: s.trace.values[ref.id].cpu() for ref in op.inputs[1:]}
+        if any(s.trace.info(ref).dependent for ref in op.inputs[1:]):
+            return Rule.link(self, op, s)
+        shape = s.trace.info(op.inputs[0]).shape
+        for out, dim_map in zip(op.outputs, self.maps(op, shape, constants), strict=True):
+            if dim_map is not None:
+                dim_map.link(op.inputs[0], out, s, op, self.indexed)
+                continue
+            source = self._elements(op, shape, constants)[op.outputs.index(out)]
+            s.box(s.dims(op.inputs[0]), s.dims(out), op, source.flatten())
+
+    def _elements(self, op: Op, shape: tuple[int, ...], constants: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+        ids = torch.arange(1, torch.Size(shape).numel() + 1).view(shape)
+        return [result - 1 for result in run(op, op.inputs[0], ids, constants)]
+
+    def taint(self, op: Op, f) -> list[torch.Tensor]:
+        source = op.inputs[0]
+        if any(f.dependent(ref) for ref in op.inputs[1:]):
+            return super().taint(op, f)
+        s, shape = f.tainted(source), f.shape(source)
+        if s.numel() == 1:
+            if type(self) is not Pad:
+                return [sets.uniform(rank(ref, f), bool(s)) for ref in op.outputs]
+        constants = {ref.id: f.value(ref).cpu() for ref in op.inputs[1:]}
+        maps = self.maps(op, shape, constants)
+        if None not in maps:
+            return [m.push(s, shape) for m in maps]
+        elements = self._elements(op, shape, constants)
+        flat = s.expand(shape).reshape(-1)
+        return [sets.compress(flat[e.clamp(min=0)] & (e >= 0)) for e in elements]
+
+    def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
+        source = op.inputs[0]
+        if any(f.dependent(ref) for ref in op.inputs[1:]):
+            yield from super().live(op, f, seen)
+            return
+        shape = f.shape(source)
+        constants = {ref.id: f.value(ref).cpu() for ref in op.inputs[1:]}
+        maps = self.maps(op, shape, constants)
+        elements = None
+        for position, (s, dim_map) in enumerate(zip(seen, maps, strict=True)):
+            if s is None:
+                continue
+            if dim_map is not None:
+                yield source, dim_map.pull(s, shape)
+                continue
+            elements = elements or self._elements(op, shape, constants)
+            e = elements[position]
+            flat = torch.zeros(torch.Size(shape).numel(), dtype=torch.bool)
+            flat[e[s.expand(e.shape) & (e >= 0)]] = True
+            yield source, sets.compress(flat.view(shape))
+
+
+class Index(Move):
+    """Reads a dim through an index that a buffer or python holds: the dim cannot be renumbered."""
+
+    indexed = True
+
+
+class Pad(Move):
+    """constant_pad_nd: the border holds a known constant."""
+
+    indexed = True
+
+    def maps(self, op: Op, shape: tuple[int, ...], constants: dict[int, torch.Tensor]) -> list[DimMap | None]:
+        dims: list[tuple[int | None, torch.Tensor | None]] = [(d, None) for d in range(len(shape))]
+        pad = list(op.arg("pad"))
+        for position in range(len(pad) // 2):
+            dim, (left, right) = len(shape) - 1 - position, pad[2 * position : 2 * position + 2]
+            if left or right:
+                index = torch.arange(-left, shape[dim] + right)
+                dims[dim] = (dim, torch.where(index < shape[dim], index, -1).clamp(min=-1))
+        return [DimMap(tuple(dims))]
+
+
+class Cat(Rule):
+    """Concatenation: positions of each input follow those of the one before."""
+
+    def _parts(self, op: Op, shapes) -> list[tuple[Ref, int, int]]:
+        """(input, offset, size) along the dim of concatenation; empty legacy inputs are skipped."""
+        parts, offset = [], 0
+        dim = op.arg("dim")
+        for ref in op.inputs:
+            shape = shapes(ref)
+            if len(shape) > 1 or shape[0] > 0:
+                parts.append((ref, offset, shape[dim]))
+                offset += shape[dim]
+        return parts
+
+    def link(self, op: Op, s: Structure) -> None:
+        out = op.outputs[0]
+        dims = s.dims(out)
+        axis = op.arg("dim") % len(dims)
+        for ref, offset, size in self._parts(op, lambda r: s.trace.info(r).shape):
+            own = s.dims(ref)
+            for d, var in enumerate(own):
+                if d != axis:
+                    s.same(dims[d], var)
+            index = torch.arange(size)
+            s.link(own[axis], index, dims[axis], index + offset)
+
+    def taint(self, op: Op, f) -> list[torch.Tensor]:
+        axis = op.arg("dim") % rank(op.outputs[0], f)
+        parts = [(f.tainted(ref), size) for ref, _, size in self._parts(op, f.shape)]
+        if all(sets.is_all(s) for s, _ in parts):
+            return [parts[0][0]]
+        shape = torch.broadcast_shapes(*([1 if d == axis else n for d, n in enumerate(s.shape)] for s, _ in parts))
+        wide = [s.expand([size if d == axis else n for d, n in enumerate(shape)]) for s, size in parts]
+        return [torch.cat(wide, axis)]
+
+    def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
+        axis = op.arg("dim") % rank(op.outputs[0], f)
+        for ref, offset, size in self._parts(op, f.shape):
+            yield ref, seen[0] if seen[0].size(axis) == 1 else seen[0].narrow(axis, offset, size)
+
+
+class Stack(Rule):
+    """A new dim, one position per input."""
+
+    def link(self, op: Op, s: Structure) -> None:
+        dims = list(s.dims(op.outputs[0]))
+        s.pin(dims.pop(op.arg("dim") % len(dims)), "has one position per input", op)
+        for ref in op.inputs:
+            for a, b in zip(s.dims(ref), dims, strict=True):
+                s.same(b, a)
+
+    def taint(self, op: Op, f) -> list[torch.Tensor]:
+        axis = op.arg("dim") % rank(op.outputs[0], f)
+        return [torch.stack(list(torch.broadcast_tensors(*map(f.tainted, op.inputs))), axis)]
+
+    def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
+        axis = op.arg("dim") % rank(op.outputs[0], f)
+        for position, ref in enumerate(op.inputs):
+            yield ref, seen[0].select(axis, position if seen[0].size(axis) > 1 else 0)

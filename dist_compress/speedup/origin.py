@@ -1,0 +1,39 @@
+"""From an operand back to the parameter behind it: `weight.t()` in a linear layer is the weight."""
+
+from __future__ import annotations
+
+from dist_compress.speedup.movement import Move
+from dist_compress.speedup.rules import rule_of
+from dist_compress.tracing import Op, Ref, Trace
+
+_SAME = ("detach", "alias", "clone", "_to_copy", "to", "contiguous")
+
+
+def makers(trace: Trace) -> dict[int, Op]:
+    """Which op made each tensor."""
+    return {ref.id: op for op in trace.tape for ref in op.outputs if ref is not None}
+
+
+def behind(trace: Trace, made_by: dict[int, Op], ref: Ref) -> tuple[Ref | None, list[int | None]]:
+    """(the parameter, its dim for each dim of `ref`; None for a dim it does not have), or (None, []).
+
+    Follows transposes and casts only, so that the parameter's elements are the operand's elements.
+    """
+    dims: list[int | None] = list(range(len(trace.info(ref).shape)))
+    while trace.info(ref).kind == "value" and not trace.info(ref).dependent:
+        op = made_by[ref.id]
+        if op.name in _SAME:
+            ref = op.inputs[0]
+            continue
+        rule = rule_of(op)
+        if type(rule) is not Move or len(op.inputs) != 1 or len(op.outputs) != 1:
+            return None, []
+        source = op.inputs[0]
+        shape = trace.info(source).shape
+        dim_map = rule.maps(op, shape, {})[0]
+        if dim_map is None or dim_map.fixed or any(index is not None for _, index in dim_map.dims):
+            return None, []
+        moved = [dim for dim, _ in dim_map.dims]
+        dims = [None if d is None else moved[d] for d in dims]
+        ref = source
+    return (ref, dims) if trace.info(ref).kind == "param" else (None, [])

@@ -1,0 +1,120 @@
+"""From masked weights to a plan: dead = exact zeros, then the keep fixpoint, constants, and a rehearsal.
+
+The rehearsal applies the plan to a copy and runs it. Python code that holds a size of its own (a literal in a view, an
+offset in a slice) shows there, and everything that the module of that code touches is kept in the next round.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_compress.speedup import sets
+from dist_compress.speedup.apply import apply
+from dist_compress.speedup.attributes import attributes
+from dist_compress.speedup.facts import Facts
+from dist_compress.speedup.fold import close_constants
+from dist_compress.speedup.keep import Keep, build, pin_modules
+from dist_compress.speedup.plan import Blocked, Plan
+from dist_compress.speedup.structure import Structure
+from dist_compress.speedup.verify import verify
+from dist_compress.tracing import Ref, Trace, TraceError, trace
+
+
+def make_plan(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Plan:
+    """The plan that removes what the zeros of `model` allow, exactly. Rank 0 only; broadcast the result.
+
+    `model` is unwrapped and holds masked weights (exact zeros); it is left as it was. `args`, `kwargs`: an example input;
+    small ones make planning quick. Zero slices that have to stay are in `Plan.blocked`, with the op that keeps them.
+    """
+    recorded = trace(model, args, kwargs, values=True)
+    structure = build(recorded, model)
+    facts = Facts(recorded)
+    banned: set[str] = set()
+    while True:
+        pins = pin_modules(structure, banned)
+        keep = Keep(structure, facts, pins)
+        bias = close_constants(structure, facts, keep, model)
+        plan = _extract(structure, facts, keep, model, bias)
+        if not plan.keep:
+            return plan
+        failed = _rehearse(model, plan, recorded, structure, keep, args, kwargs)
+        if failed is None:
+            return plan
+        banned |= _culprit(failed, banned, structure, keep, model)
+
+
+def _extract(s: Structure, facts: Facts, keep: Keep, model: nn.Module, bias: dict[str, torch.Tensor]) -> Plan:
+    kept: dict[str, dict[int, torch.Tensor]] = {}
+    for key in s.known():
+        info = s.trace.info(Ref(key))
+        if info.kind not in ("param", "buffer"):
+            continue
+        dims = {d: keep.kept[v].nonzero().flatten() for d, v in enumerate(s.dims(Ref(key)))}
+        dims = {d: index for d, index in dims.items() if len(index) < info.shape[d]}
+        if dims:
+            kept |= {fqn: dims for fqn in info.all_fqns}
+    order = {fqn: i for i, fqn in enumerate([*dict(model.named_parameters(remove_duplicate=False)),
+                                             *dict(model.named_buffers(remove_duplicate=False))])}
+    kept = {fqn: kept[fqn] for fqn in sorted(kept, key=order.__getitem__)}
+    return Plan(kept, attributes(s, keep, model), bias, _blocked(s, facts, keep))
+
+
+def _blocked(s: Structure, facts: Facts, keep: Keep) -> list[Blocked]:
+    """Zero slices of weights that stay, by reason."""
+    found = []
+    for key in s.known():
+        info = s.trace.info(Ref(key))
+        if info.kind != "param" or len(info.shape) < 2:
+            continue
+        nonzero = facts.nonzero(Ref(key))
+        for d, var in enumerate(s.dims(Ref(key))):
+            some = sets.any_over(nonzero, [o for o in range(nonzero.dim()) if o != d]).reshape(-1)
+            asked = ~some.expand(info.shape[d]) & keep.kept[var]
+            causes = keep.cause[var][asked]
+            for cause in causes.unique().tolist():
+                found.append(Blocked(info.fqn, d, int((causes == cause).sum()), keep.reasons[cause]))
+    return found
+
+
+def _rehearse(
+    model: nn.Module, plan: Plan, recorded: Trace, s: Structure, keep: Keep, args: Any, kwargs: Any
+) -> str | None:
+    """None when a shrunk copy runs and gives the recorded output, else the module where it first goes wrong."""
+    small = apply(copy.deepcopy(model), plan)
+    try:
+        result = trace(small, args, kwargs).result
+    except TraceError as error:
+        return error.module
+    tolerance = max(_tolerance(info.dtype) for info in map(recorded.info, recorded.outputs))
+    if verify(recorded.result, result) <= tolerance:
+        return None
+    again = trace(small, args, kwargs, values=True)
+    for (name, expected), (_, actual) in zip(recorded.calls, again.calls, strict=False):
+        for a, b in zip(expected, actual, strict=False):
+            value = recorded.values[a.id]
+            for d, var in enumerate(s.dims(a)):
+                value = value.index_select(d, keep.kept[var].nonzero().flatten().to(value.device))
+            if verify(value, again.values[b.id]) > tolerance:
+                return name
+    return ""
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return min(1e3 * torch.finfo(dtype).eps, 0.05) if dtype.is_floating_point else 0.0
+
+
+def _culprit(failed: str, banned: set[str], s: Structure, keep: Keep, model: nn.Module) -> set[str]:
+    """The modules to keep whole: the innermost user module around `failed` that changes anything, else all."""
+    name = failed
+    while True:
+        builtin = type(model.get_submodule(name)).__module__.startswith("torch.nn.")
+        pins = pin_modules(s, {name})
+        if not builtin and any(not bool(keep.kept[var].all()) for var in pins):
+            return {name}
+        if not name:
+            return {op.module for op in s.trace.tape}
+        name = name.rpartition(".")[0]

@@ -1,0 +1,51 @@
+"""The base of the op rules, which is itself the rule for an op nobody knows: a barrier, always right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from dist_compress.speedup import sets
+from dist_compress.speedup.structure import Structure
+from dist_compress.tracing import Op, Ref
+
+if TYPE_CHECKING:
+    from dist_compress.speedup.facts import Facts
+
+Seen = list[torch.Tensor | None]  # per output of an op: its observed elements; None when nothing sees it
+
+
+class Rule:
+    """What an op does to slices (`link`), to taint (`taint`) and to liveness (`live`). Stateless.
+
+    `taint` gives one set per output of the op; `live` yields the observed elements of each tensor input.
+    """
+
+    def link(self, op: Op, s: Structure) -> None:
+        why = "has no rule and keeps everything it touches" if op.inputs else "creates a tensor of a fixed size"
+        for ref in (*op.inputs, *op.outputs):
+            if ref is not None:
+                s.pin_all(ref, why, op)
+
+    def taint(self, op: Op, f: Facts) -> list[torch.Tensor]:
+        tainted = any(bool(f.tainted(ref).any()) for ref in op.inputs)
+        return [sets.uniform(rank(ref, f), tainted) for ref in op.outputs]
+
+    def live(self, op: Op, f: Facts, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
+        for ref in op.inputs:
+            yield ref, sets.uniform(len(f.shape(ref)), True)
+
+
+def rank(ref: Ref | None, f: Facts) -> int:
+    return 0 if ref is None else len(f.shape(ref))
+
+
+def union(seen: Seen) -> torch.Tensor:
+    """What is observed of any output of an op whose outputs all have the rank of the first observed one."""
+    known = [s for s in seen if s is not None]
+    total = known[0]
+    for s in known[1:]:
+        total = total | s if s.dim() == total.dim() else total
+    return total

@@ -1,0 +1,54 @@
+"""Which rule an ATen op follows, by name. An op that is in no list and not tagged pointwise is a barrier."""
+
+from __future__ import annotations
+
+import torch
+
+from dist_compress.speedup import contraction, dimwise, elementwise, movement
+from dist_compress.speedup.rule import Rule
+from dist_compress.tracing import Op
+
+_NAMES: dict[Rule, str] = {
+    elementwise.Pointwise(): "add sub clone _to_copy to contiguous detach alias lift_fresh lift_fresh_copy masked_fill "
+    "where dropout native_dropout hardswish hardsigmoid hardtanh leaky_relu prelu _prelu_kernel gelu elu silu mish "
+    "relu relu6 sigmoid tanh softplus log_sigmoid_forward nan_to_num div pow",
+    elementwise.Product(): "mul",
+    elementwise.Copy(): "copy",
+    elementwise.Fill(): "fill zero zeros_like ones_like full_like empty_like rand_like randn_like",
+    movement.View(): "view _unsafe_view reshape _reshape_alias",
+    movement.Move(): "permute transpose t numpy_T unsqueeze squeeze expand select slice split split_with_sizes unbind "
+    "flip roll repeat diagonal narrow unfold movedim pixel_shuffle pixel_unshuffle native_channel_shuffle "
+    "channel_shuffle",
+    movement.Index(): "index index_select",
+    movement.Pad(): "constant_pad_nd",
+    movement.Cat(): "cat",
+    movement.Stack(): "stack",
+    contraction.Matmul(): "mm bmm addmm baddbmm",
+    contraction.Convolution(): "convolution",
+    dimwise.BatchNorm(): "native_batch_norm cudnn_batch_norm miopen_batch_norm",
+    dimwise.GroupNorm(): "native_group_norm",
+    dimwise.LayerNorm(): "native_layer_norm _fused_rms_norm rms_norm",
+    dimwise.Softmax(): "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp glu",
+    dimwise.Reduction(): "mean sum amax amin max min argmax argmin var std var_mean prod any all logsumexp "
+    "linalg_vector_norm norm topk sort",
+    dimwise.Window(): "max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d "
+    "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d mkldnn_max_pool2d "
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d upsample_bilinear2d "
+    "upsample_bicubic2d upsample_linear1d upsample_trilinear3d reflection_pad1d reflection_pad2d replication_pad1d "
+    "replication_pad2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa",
+    dimwise.Embedding(): "embedding",
+}
+_RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
+_POINTWISE, _BARRIER = elementwise.Pointwise(), Rule()
+
+
+def rule_of(op: Op) -> Rule:
+    """The rule of an op; ops over two tensors that share a name with a reduction (max, min) are pointwise."""
+    overload = op.target._overloadname
+    if op.name in ("max", "min") and overload == "other":
+        return _POINTWISE
+    if op.name == "view" and overload == "dtype":
+        return _BARRIER
+    if op.name in _RULES:
+        return _RULES[op.name]
+    return _POINTWISE if torch.Tag.pointwise in op.target.tags else _BARRIER

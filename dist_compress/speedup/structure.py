@@ -1,0 +1,148 @@
+"""What slices of which tensors belong together, whatever the weights are: the constraint system of a tape.
+
+Each dim of each tensor is a *variable*; dims that an op aligns (both sides of an addition, an output channel and
+its bias) are one variable. Partial relations (concatenation, splits) are `Link`s between positions of two variables,
+views that merge or split dims are `Box`es, and dims that cannot shrink are pinned with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dist_compress.speedup import sets
+from dist_compress.tracing import Op, Ref, Trace
+
+
+@dataclass(frozen=True)
+class Link:
+    """Position `index_a[i]` of variable a is kept if and only if position `index_b[i]` of variable b is."""
+
+    a: int
+    index_a: torch.Tensor  # int64 [k]
+    b: int
+    index_b: torch.Tensor  # int64 [k]
+
+
+@dataclass(frozen=True)
+class Box:
+    """The elements of the grid of `a` are the elements of the grid of `b`; both grids stay boxes.
+
+    `source` int64 [elements of b] names the flat element of `a` behind each element of `b` (-1: none); None: the same.
+    """
+
+    a: tuple[int, ...]
+    b: tuple[int, ...]
+    reason: str
+    source: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A bilinear op: convolution or matmul. Variables of its dims, to find constants, costs and roles."""
+
+    op: Op
+    a: Ref  # data side
+    b: Ref  # weight side
+    contracted: int  # variable summed over, on the data side
+    factors: tuple[int, ...]  # variables whose sizes multiply to its MACs (others are fixed)
+    result_dim: int  # dim of its output that the weight makes
+    groups: int | None = None  # variable of the groups of a grouped convolution
+
+
+@dataclass
+class Structure:
+    """Built by the rules, in tape order. `find` every variable before use."""
+
+    trace: Trace
+    parent: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    links: list[Link] = field(default_factory=list)
+    boxes: list[Box] = field(default_factory=list)
+    pins: dict[int, str] = field(default_factory=dict)
+    roles: dict[tuple[int, int], str] = field(default_factory=dict)  # (ref id, dim) -> producer | affine | consumer
+    contractions: list[Contraction] = field(default_factory=list)
+    whole_groups: dict[int, int] = field(default_factory=dict)  # GroupNorm weight ref id -> variable of its groups
+    _dims: dict[int, list[int]] = field(default_factory=dict)
+
+    def new(self, size: int) -> int:
+        self.parent.append(len(self.parent))
+        self.sizes.append(size)
+        return len(self.parent) - 1
+
+    def find(self, var: int) -> int:
+        while self.parent[var] != var:
+            self.parent[var] = self.parent[self.parent[var]]
+            var = self.parent[var]
+        return var
+
+    def dims(self, ref: Ref) -> list[int]:
+        """The variables of a tensor's dims."""
+        if ref.id not in self._dims:
+            self._dims[ref.id] = [self.new(n) for n in self.trace.info(ref).shape]
+        return self._dims[ref.id]
+
+    def known(self) -> list[int]:
+        """Ids of the tensors that have variables."""
+        return list(self._dims)
+
+    def same(self, a: int, b: int) -> None:
+        """Two dims are one variable."""
+        a, b = self.find(a), self.find(b)
+        assert self.sizes[a] == self.sizes[b], (self.sizes[a], self.sizes[b])
+        if a != b:
+            self.parent[b] = a
+            if b in self.pins:
+                self.pins.setdefault(a, self.pins.pop(b))
+
+    def link(self, a: int, index_a: torch.Tensor, b: int, index_b: torch.Tensor) -> None:
+        self.links.append(Link(a, index_a, b, index_b))
+
+    def box(self, a: Sequence[int], b: Sequence[int], op: Op, source: torch.Tensor | None = None) -> None:
+        """Elements of two grids are the same; a grid of one dim each is `same`."""
+        a = [var for var in a if self.sizes[var] != 1]
+        b = [var for var in b if self.sizes[var] != 1]
+        if source is None and len(a) == 1 and len(b) == 1:
+            self.same(a[0], b[0])
+        elif a and b:
+            self.boxes.append(Box(tuple(a), tuple(b), reason("merges or splits dims", op), source))
+
+    def pin(self, var: int, why: str, op: Op | None = None) -> None:
+        """No position of this variable can be removed."""
+        self.pins.setdefault(self.find(var), reason(why, op))
+
+    def pin_all(self, ref: Ref, why: str, op: Op | None = None) -> None:
+        for var in self.dims(ref):
+            self.pin(var, why, op)
+
+    def role(self, ref: Ref, dim: int, name: str) -> None:
+        self.roles.setdefault((ref.id, dim), name)
+
+    def close(self) -> None:
+        """Resolve every variable to its representative, once all ops are in."""
+        self._dims = {key: [self.find(v) for v in dims] for key, dims in self._dims.items()}
+        self.links = [Link(self.find(k.a), k.index_a, self.find(k.b), k.index_b) for k in self.links]
+        self.boxes = [
+            Box(tuple(map(self.find, x.a)), tuple(map(self.find, x.b)), x.reason, x.source) for x in self.boxes
+        ]
+        self.contractions = [
+            Contraction(
+                c.op, c.a, c.b, self.find(c.contracted), tuple(map(self.find, c.factors)), c.result_dim,
+                None if c.groups is None else self.find(c.groups),
+            )
+            for c in self.contractions
+        ]
+        self.whole_groups = {key: self.find(var) for key, var in self.whole_groups.items()}
+
+    def view(self, a: Ref, b: Ref, op: Op) -> None:
+        """Tensor b is tensor a in another shape, in the same element order."""
+        dims_a, dims_b = self.dims(a), self.dims(b)
+        for left, right in sets.view_groups(self.trace.info(a).shape, self.trace.info(b).shape):
+            self.box([dims_a[d] for d in left], [dims_b[d] for d in right], op)
+
+
+def reason(why: str, op: Op | None) -> str:
+    """One clause for people: what op of which module, and why."""
+    return f"{op.name} in {op.module or 'the model itself'} {why}" if op is not None else why

@@ -1,0 +1,101 @@
+"""The ATen tape of one run of a model: plain records that the speedup engine reads, forwards and backwards.
+
+Tensors are known by identity: a `Ref` is one value of one tensor. An in-place op gives its tensor a new `Ref`, so
+the tape reads like a functional program. Ties are visible: a parameter registered twice has one `Ref`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+
+@dataclass(frozen=True)
+class Ref:
+    """One value of one tensor; the key of `Trace.tensors`."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is known of a tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: str  # input | param | buffer | const | value
+    fqn: str = ""  # of a param or buffer: its first name in the model
+    all_fqns: tuple[str, ...] = ()  # all its names, when it is tied
+    dependent: bool = False  # computed from an input of the model
+
+
+@dataclass(frozen=True)
+class Op:
+    """One ATen call. `args` and `kwargs` are as they were called, with each tensor replaced by its `Ref`."""
+
+    target: OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[Ref, ...]
+    outputs: tuple[Ref | None, ...]  # None where the op returned no tensor
+    module: str  # fqn of the innermost module that ran it, "" for the model itself
+
+    @property
+    def name(self) -> str:
+        """The ATen name without overload and without the in-place underscore: add_.Tensor is "add"."""
+        name = self.target._schema.name.split("::")[1]
+        return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+    def arg(self, name: str, default: Any = None) -> Any:
+        """The argument called `name` in the schema, or its schema default, or `default`."""
+        for position, argument in enumerate(self.target._schema.arguments):
+            if argument.name == name:
+                if name in self.kwargs:
+                    return self.kwargs[name]
+                if position < len(self.args):
+                    return self.args[position]
+                return argument.default_value if argument.has_default_value() else default
+        return default
+
+
+@dataclass
+class Trace:
+    """One run of a model in eval mode."""
+
+    tape: list[Op] = field(default_factory=list)
+    tensors: dict[int, Info] = field(default_factory=dict)
+    inputs: list[Ref] = field(default_factory=list)
+    outputs: list[Ref] = field(default_factory=list)
+    calls: list[tuple[str, tuple[Ref, ...]]] = field(default_factory=list)  # (module fqn, its outputs), as ended
+    values: dict[int, torch.Tensor] = field(default_factory=dict)  # only when asked for
+    result: Any = None  # what the model returned
+
+    def info(self, ref: Ref) -> Info:
+        return self.tensors[ref.id]
+
+
+def refs_in(tree: Any) -> Iterator[Ref]:
+    """The `Ref`s of nested lists, tuples and dicts, in order."""
+    if isinstance(tree, Ref):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from refs_in(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from refs_in(item)
+
+
+def map_tensors(tree: Any, fn: Any) -> Any:
+    """`tree` with `fn` applied to each tensor or `Ref` in nested lists, tuples and dicts."""
+    if isinstance(tree, (torch.Tensor, Ref)):
+        return fn(tree)
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map_tensors(item, fn) for item in tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(item, fn) for key, item in tree.items()}
+    return tree

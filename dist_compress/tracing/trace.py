@@ -1,0 +1,226 @@
+"""Run the real model once and write down every ATen call: no proxies, so control flow is never a reason to fail.
+
+A `TorchDispatchMode` sees the calls; `nn.Module.__call__` is patched for the duration only to know which module
+made them. Attention runs as its plain matmuls (no fused kernel, no fast path), so it needs no rule of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dist_compress.errors import UserError
+from dist_compress.tracing.tape import Info, Op, Ref, Trace, map_tensors, refs_in
+
+
+class TraceError(UserError):
+    """The model's own code failed in module `module` (fqn of the innermost one)."""
+
+    def __init__(self, text: str, module: str):
+        super().__init__(text)
+        self.module = module
+
+
+def trace(
+    model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, values: bool = False
+) -> Trace:
+    """Execute `model(*args, **kwargs)` once in eval mode without gradients and return its tape. Local.
+
+    With `values`, every tensor of the run is kept in `Trace.values` (as it was at that point of the program).
+    Training flags, buffers, RNG state and the attention switches are as before when it returns.
+    Raises UserError naming the module in which the model's own code failed.
+    """
+    recorder = _Recorder(model, values)
+    recorder.add_inputs((args, kwargs or {}))
+    with untouched(model), _module_paths(recorder):
+        try:
+            with recorder:
+                result = model(*args, **(kwargs or {}))
+        except Exception as error:
+            where = recorder.failed or type(model).__name__
+            text = (
+                f"The model failed in module {where!r} while it was traced in eval mode: "
+                f"{type(error).__name__}: {error}. Check the example inputs against the model's forward."
+            )
+            raise TraceError(text, recorder.failed or "") from error
+        return recorder.finish(result)
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, no fused attention; training flags, buffers and RNG are restored at the end."""
+    training = {module: module.training for module in model.modules()}
+    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        rng = torch.random.fork_rng(devices=[d for d in devices if d is not None])
+        with rng, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        with torch.no_grad():
+            for buffer, saved in buffers.items():
+                buffer.copy_(saved)
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextlib.contextmanager
+def _module_paths(recorder: _Recorder) -> Iterator[None]:
+    """Keeps `recorder.stack` while modules of the model run in this thread."""
+    original = nn.Module.__call__
+    thread = threading.get_ident()
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        name = recorder.names.get(module)
+        if name is None or threading.get_ident() != thread:
+            return original(module, *args, **kwargs)
+        recorder.stack.append(name)
+        try:
+            output = original(module, *args, **kwargs)
+        except Exception:
+            recorder.failed = name if recorder.failed is None else recorder.failed
+            raise
+        finally:
+            recorder.stack.pop()
+        recorder.end_call(name, output)
+        return output
+
+    nn.Module.__call__ = call
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = original
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, model: nn.Module, values: bool):
+        super().__init__()
+        self.trace = Trace()
+        self.keep_values = values
+        self.names = {module: name for name, module in model.named_modules()}
+        self.stack: list[str] = []
+        self.failed: str | None = None
+        self.current: dict[int, Ref] = {}  # id(tensor) -> its newest value
+        self.held: dict[int, torch.Tensor] = {}  # keeps the tensors alive, or ids would be reused
+        self.storages: dict[int, list[int]] = {}  # storage -> ids of the tensors that share it
+        self.stale: dict[int, Ref] = {}  # id(tensor) -> what was written to its storage through another tensor
+        self._add_state(model)
+
+    def _add_state(self, model: nn.Module) -> None:
+        for kind, named in (
+            ("param", model.named_parameters(remove_duplicate=False)),
+            ("buffer", model.named_buffers(remove_duplicate=False)),
+        ):
+            owners: dict[int, tuple[torch.Tensor, list[str]]] = {}
+            for fqn, tensor in named:
+                owners.setdefault(id(tensor), (tensor, []))[1].append(fqn)
+            for tensor, fqns in owners.values():
+                self._new(tensor, kind, fqn=fqns[0], all_fqns=tuple(fqns))
+
+    def add_inputs(self, tree: Any) -> None:
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, torch.Tensor) and id(leaf) not in self.current:
+                self.trace.inputs.append(self._new(leaf, "input", dependent=True))
+
+    def finish(self, result: Any) -> Trace:
+        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if not leaves:
+            raise UserError(
+                f"The model returned {type(result).__name__} without a tensor that pytree can find; "
+                "return tensors, tuples, dicts or dataclasses registered with torch.utils._pytree."
+            )
+        self.trace.outputs = [self._ref(leaf) for leaf in leaves]
+        self.trace.result = result
+        return self.trace
+
+    def end_call(self, name: str, output: Any) -> None:
+        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        known = [self.current[id(leaf)] for leaf in leaves if id(leaf) in self.current]
+        if len(known) == len(leaves):
+            self.trace.calls.append((name, tuple(known)))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        call_args = map_tensors(tuple(args), self._ref)
+        call_kwargs = map_tensors(kwargs, self._ref)
+        written = [
+            tensor
+            for argument, tensor in zip(func._schema.arguments, args, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(tensor, torch.Tensor)
+        ] + [
+            kwargs[argument.name]
+            for argument in func._schema.arguments
+            if argument.alias_info is not None and argument.alias_info.is_write
+            and isinstance(kwargs.get(argument.name), torch.Tensor)
+        ]
+        self._before_write(written)
+        result = func(*args, **kwargs)
+        inputs = tuple(refs_in((call_args, call_kwargs)))
+        dependent = any(self.trace.tensors[ref.id].dependent for ref in inputs)
+        leaves = list(result) if isinstance(result, (tuple, list)) else [result]
+        outputs = tuple(
+            self._new(leaf, "value", dependent=dependent) if isinstance(leaf, torch.Tensor) else None
+            for leaf in leaves
+        )
+        self._after_write(written)
+        self.trace.tape.append(Op(func, call_args, call_kwargs, inputs, outputs, self._module()))
+        return result
+
+    def _module(self) -> str:
+        return self.stack[-1] if self.stack else ""
+
+    def _new(self, tensor: torch.Tensor, kind: str, **known: Any) -> Ref:
+        ref = Ref(len(self.trace.tensors))
+        self.trace.tensors[ref.id] = Info(tuple(tensor.shape), tensor.dtype, kind, **known)
+        if id(tensor) not in self.held and tensor.layout == torch.strided:
+            self.storages.setdefault(tensor.untyped_storage()._cdata, []).append(id(tensor))
+        self.held[id(tensor)] = tensor
+        self.current[id(tensor)] = ref
+        self.stale.pop(id(tensor), None)
+        if self.keep_values:
+            self.trace.values[ref.id] = tensor.detach()
+        return ref
+
+    def _ref(self, tensor: torch.Tensor) -> Ref:
+        """The newest value of `tensor`; a write through an alias becomes one scatter op, a barrier to the engine."""
+        key = id(tensor)
+        if key not in self.current:
+            return self._new(tensor, "const")
+        if key in self.stale:
+            source, old = self.stale.pop(key), self.current[key]
+            dependent = self.trace.info(source).dependent or self.trace.info(old).dependent
+            new = self._new(tensor, "value", dependent=dependent)
+            args = (old, source, list(tensor.shape), list(tensor.stride()))
+            op = torch.ops.aten.as_strided_scatter.default
+            self.trace.tape.append(Op(op, args, {}, (old, source), (new,), self._module()))
+        return self.current[key]
+
+    def _aliases(self, tensor: torch.Tensor) -> list[int]:
+        return self.storages.get(tensor.untyped_storage()._cdata, [])
+
+    def _before_write(self, written: list[torch.Tensor]) -> None:
+        """Values seen so far must survive the write."""
+        if not self.keep_values:
+            return
+        for key in {key for tensor in written for key in self._aliases(tensor)}:
+            ref = self.current[key]
+            if key not in self.stale:
+                self.trace.values[ref.id] = self.held[key].detach().clone()
+
+    def _after_write(self, written: list[torch.Tensor]) -> None:
+        for tensor in written:
+            for key in self._aliases(tensor):
+                if key != id(tensor):
+                    self.stale[key] = self.current[id(tensor)]
