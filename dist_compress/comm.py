@@ -236,7 +236,9 @@ def check_equal(what: str, value: int | str, step: int) -> None:
         for r, v in enumerate(values):
             held.setdefault(v, []).append(r)
         said = "; ".join(f"{v!r} on rank {', '.join(map(str, ranks))}" for v, ranks in held.items())
-        raise RuntimeError(f"The ranks disagree on {what} at step {step}: {said}. They no longer train one model.")
+        raise RuntimeError(
+            f"The ranks disagree on {what} at step {step}: {said}. They no longer train one model."
+        )
 
 
 def sum_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

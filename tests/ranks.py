@@ -87,7 +87,7 @@ class RankPool:
     def __init__(self) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="ranks_")
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch", "torch.nn.parallel", "dist_compress.comm"])
+        self.context.set_forkserver_preload(["torch", "torch._dynamo", "dist_compress.comm"])
         self.workers: list[tuple[Any, Connection]] = []
         self.size = 0
         self.groups = 0
@@ -109,7 +109,9 @@ class RankPool:
         while len(self.workers) < n:
             rank = len(self.workers)
             ours, theirs = self.context.Pipe()
-            process = self.context.Process(target=_serve, args=(rank, theirs, self._stacks(rank)), daemon=True)
+            process = self.context.Process(
+                target=_serve, args=(rank, theirs, self._stacks(rank)), daemon=True
+            )
             process.start()
             theirs.close()
             self.workers.append((process, ours))
@@ -138,7 +140,9 @@ class RankPool:
             self.close()
             stories = [f"rank {rank} of {n}: {text}" for rank, text in failures.items()]
             if not failures:
-                stories = [f"rank {r} of {n} hung: {Path(self._stacks(r)).read_text()}" for r in pipes.values()]
+                stories = [
+                    f"rank {r} of {n} hung: {Path(self._stacks(r)).read_text()}" for r in pipes.values()
+                ]
             raise RankError("\n".join(stories))
         return [results[rank] for rank in range(n)]
 

@@ -1,0 +1,64 @@
+"""Data parallel: every rank holds the whole model.
+
+Fast: torch's DistributedDataParallel, its buckets summed once a step, in the last round. The float32 sum's bits
+depend on the number of ranks. Exact (`train.exact`): no hooks; the float32 gradient of every micro-batch is folded
+into a float64 sum in micro-batch order and rounded once, with equal bits at any number of ranks.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_compress import comm
+from dist_compress.backends.backend import Backend
+
+
+class Ddp(Backend):
+    def wrap(self, model: nn.Module) -> nn.Module:
+        self.model = model
+        self.ddp: DistributedDataParallel | None = None
+        self.total: comm.OrderedSum | None = None
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for tensor in [*model.parameters(), *model.buffers()]:
+                comm.broadcast(tensor)
+        if self.exact or not comm.is_initialized():
+            return model
+        # Buffers are ours to keep equal (training/batchnorm.py): DDP's broadcast would overwrite local records.
+        self.ddp = DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
+        self.ddp.register_comm_hook(None, comm.sum_hook)
+        return self.ddp
+
+    def sync_context(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if last or self.ddp is None else self.ddp.no_sync()
+
+    def backward(self, loss: torch.Tensor, round: int, last: bool) -> None:
+        loss.backward()
+        if not self.exact:
+            return
+        row = torch.cat([self._take_grad(p) for p in self.parameters])
+        if round == 0:
+            self.total = comm.OrderedSum(len(row), row.device)
+        assert self.total is not None
+        num_live = min(comm.world_size(), self.num_micro - round * comm.world_size())
+        self.total.add(row[None], num_live)
+
+    @torch.no_grad()
+    def finish_gradients(self) -> None:
+        if not self.exact:
+            return
+        assert self.total is not None
+        total = self.total.total().split([p.numel() for p in self.parameters])
+        for parameter, grad in zip(self.parameters, total, strict=True):
+            parameter.grad = grad.view_as(parameter).to(parameter.dtype)
+        self.total = None
+
+    @staticmethod
+    def _take_grad(parameter: nn.Parameter) -> torch.Tensor:
+        """The flat float32 gradient of this micro-batch, zeros where it did not reach the parameter."""
+        grad, parameter.grad = parameter.grad, None
+        return torch.zeros_like(parameter).flatten().float() if grad is None else grad.flatten().float()

@@ -1,0 +1,55 @@
+"""A sum over micro-batches and steps whose bits do not depend on the number of ranks.
+
+Each micro-batch j of the global batch has its own float64 accumulator, a slot of the rank that computes it. Adding is
+local; one ordered sum of the slots at the end gives the total. (Reduced while still linear: take roots, absolute
+values and ratios of the total, never of a slot.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dist_compress import comm
+
+
+class Statistic:
+    """Sum of vectors of `size` floats over the M = `num_micro` micro-batches of any number of steps."""
+
+    def __init__(self, num_micro: int, size: int, device: torch.device | str = "cpu") -> None:
+        self.num_micro, self.size = num_micro, size
+        num_slots = -(-num_micro // comm.world_size())
+        self._slots = torch.zeros(num_slots, size, dtype=torch.float64, device=device)
+        self._count = 0
+
+    def add(self, micro: int, vector: torch.Tensor) -> None:
+        """Add what micro-batch `micro`, one of this rank's, contributes: any float [size]. Local."""
+        slot, owner = divmod(micro, comm.world_size())
+        assert micro < self.num_micro and owner == comm.rank(), (micro, self.num_micro)
+        self._slots[slot] += vector.detach()
+        self._count += slot == 0
+
+    def total(self) -> torch.Tensor:
+        """float64 [size], the same on every rank. Collective."""
+        return comm.ordered_sum(self._slots, self.num_micro)
+
+    def count(self) -> int:
+        """Steps added so far: the first slot is live on every rank. Local, the same on every rank."""
+        return self._count
+
+    def reset(self) -> None:
+        self._slots.zero_()
+        self._count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every slot in micro-batch order, float64 [M, size], the same on every rank. Collective."""
+        slots = comm.all_gather(self._slots).transpose(0, 1).flatten(0, 1)[: self.num_micro]
+        return {"slots": slots.contiguous(), "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take this rank's slots of a state saved at any number of ranks. Local."""
+        own = state["slots"][comm.rank() :: comm.world_size()]
+        self._slots.zero_()
+        self._slots[: len(own)] = own
+        self._count = int(state["count"])

@@ -1,0 +1,211 @@
+"""Checkpoints: torch.distributed.checkpoint for the tensors, JSON for the rest, written whole or not at all.
+
+    run_dir/checkpoints/step_00000120/   *.distcp, .metadata   tensors, by the path of their key
+                                         state.json            the nested state, tensors replaced by their path
+                                         meta.json             step, phase, config, world size, hash of every file
+
+A checkpoint is written to a folder of another name and renamed when complete. It loads at any number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from dist_compress import comm
+from dist_compress.config import Config
+from dist_compress.errors import UserError
+
+_TENSOR = "__tensor__"
+_FREE = (  # what may differ on resuming
+    "run_dir", "model.weights", "data.root", "data.in_memory", "data.num_workers", "train.eval_batch_size",
+    "train.num_threads", "train.log_every_steps", "backend.timeout_s", "checkpoint", "export", "logger", "launch",
+)  # fmt: skip
+
+
+def save(run_dir: Path, step: int, state: dict[str, Any], meta: dict[str, Any], keep: int) -> Path:
+    """Write `state` (nested dicts and lists of tensors and plain values, the same on every rank) as of `step`.
+
+    Collective. Removes all but the `keep` newest afterwards. Raises UserError on every rank when the folder cannot be
+    written; what was there before stays.
+    """
+    parent = Path(run_dir) / "checkpoints"
+    final, draft = parent / f"step_{step:08d}", parent / f".writing_step_{step:08d}"
+    tree, tensors = _split(state)
+
+    def prepare() -> None:
+        with _told(f"run_dir={str(run_dir)!r}: the checkpoint of step {step} cannot be written"):
+            for left_over in parent.glob(".writing_*"):
+                shutil.rmtree(left_over)
+            draft.mkdir(parents=True)
+
+    def publish() -> None:
+        with _told(f"run_dir={str(run_dir)!r}: the checkpoint of step {step} cannot be written"):
+            _write(draft / "state.json", tree)
+            _write(draft / "meta.json", {**meta, "step": step, "files": _digests(draft)})
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(draft, final)
+            for old in _complete(parent)[: -max(keep, 1)]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    comm.on_rank0(prepare)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "no process group": meant
+        dcp.save(tensors, checkpoint_id=draft, **_group())
+    comm.on_rank0(publish)
+    return final
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run as rank 0 sees it. Collective."""
+    return comm.on_rank0(lambda: next(reversed(_complete(Path(run_dir) / "checkpoints")), None))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """meta.json of a checkpoint, after checking that no file was cut or changed. Collective."""
+
+    def read() -> dict[str, Any]:
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            found = _digests(folder)
+        except (OSError, ValueError) as error:
+            raise _damaged(folder, str(error)) from None
+        if wrong := sorted(n for n, digest in meta["files"].items() if found.get(n) != digest):
+            raise _damaged(folder, f"{', '.join(wrong)} changed or lost")
+        return meta
+
+    return comm.on_rank0(read)
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The state given to `save`, its tensors on the CPU, on every rank. Collective; see `read_meta` for the check."""
+    reader = dcp.FileSystemReader(folder)
+    try:
+        tree = json.loads((folder / "state.json").read_text())
+        entries = reader.read_metadata().state_dict_metadata
+        tensors = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
+            for name, entry in entries.items()
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(tensors, storage_reader=reader, **_group())
+    except (OSError, ValueError, KeyError, EOFError, dcp.CheckpointException) as error:
+        raise _damaged(folder, str(error)) from error
+    return _join(tree, tensors)
+
+
+def check_config(folder: Path, meta: dict[str, Any], config: Config) -> None:
+    """Raise UserError unless the checkpoint was trained by `config`, but for what changes no result. Local."""
+    here, there = _flat(json.loads(json.dumps(asdict(config)))), _flat(meta["config"])
+    differ = [k for k in sorted(here | there) if here.get(k) != there.get(k) and not k.startswith(_FREE)]
+    if differ:
+        said = "; ".join(f"{k} was {there.get(k)!r}, now {here.get(k)!r}" for k in differ[:5])
+        raise UserError(
+            f"The checkpoint {folder} belongs to another configuration: {said}. Set it back to resume, or choose "
+            "another run_dir to start afresh."
+        )
+
+
+def check_model(folder: Path, saved: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Raise UserError unless the saved weights have the names, the order and the shapes of `model`. Local."""
+    there = [(name, tuple(t.shape)) for name, t in saved.items()]
+    here = [(name, tuple(t.shape)) for name, t in model.state_dict().items()]
+    if there != here:
+        first = next(
+            (pair for pair in zip(there, here, strict=False) if pair[0] != pair[1]), (there[-1], here[-1])
+        )
+        raise UserError(
+            f"The checkpoint {folder} holds another model: {len(there)} tensors, here {len(here)}; first difference "
+            f"{first[0]} there, {first[1]} here. Choose another run_dir, or set `model` back."
+        )
+
+
+def _flat(tree: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {key: tree}
+    return {
+        k: v for name, sub in tree.items() for k, v in _flat(sub, f"{key}.{name}" if key else name).items()
+    }
+
+
+def _group() -> dict[str, Any]:
+    return {"process_group": comm.object_group(), "no_dist": not comm.is_initialized()}
+
+
+def _split(state: Any, path: str = "state") -> tuple[Any, dict[str, torch.Tensor]]:
+    """(the nesting with tensors replaced by paths, {path: tensor})."""
+    if isinstance(state, torch.Tensor):
+        return {_TENSOR: path}, {path: state.detach()}
+    if isinstance(state, dict | list | tuple):
+        pairs = state.items() if isinstance(state, dict) else enumerate(state)
+        tree, tensors = {}, {}
+        for key, value in pairs:
+            assert isinstance(key, str | int), f"{path}: keys of a state are strings"
+            tree[key], found = _split(value, f"{path}/{key}")
+            tensors.update(found)
+        return (tree if isinstance(state, dict) else list(tree.values())), tensors
+    assert state is None or isinstance(state, bool | int | float | str), f"{path}: {type(state)} in a state"
+    return state, {}
+
+
+def _join(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(tree, dict):
+        if tree.keys() == {_TENSOR}:
+            return tensors[tree[_TENSOR]]
+        return {key: _join(value, tensors) for key, value in tree.items()}
+    return [_join(value, tensors) for value in tree] if isinstance(tree, list) else tree
+
+
+def _complete(parent: Path) -> list[Path]:
+    return sorted(folder for folder in parent.glob("step_*") if (folder / "meta.json").is_file())
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file but meta.json."""
+    digests = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != "meta.json":
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            digests[path.name] = digest.hexdigest()
+    return digests
+
+
+def _write(path: Path, content: Any) -> None:
+    with open(path, "w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _damaged(folder: Path, why: str) -> UserError:
+    return UserError(
+        f"The checkpoint {folder} is damaged ({why}). Remove that folder to go on from the one before it, or "
+        "start with another run_dir."
+    )
+
+
+class _told:
+    """An OSError inside becomes a UserError that begins with `text`."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise UserError(f"{self.text} ({error}). Free space or choose another folder.") from None

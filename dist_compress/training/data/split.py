@@ -1,0 +1,117 @@
+"""One split of a data set, read by sample id: held in memory as uint8, or decoded when asked for.
+
+The interface of a split, also of a user's own: `num_samples`, `num_classes` and `batch(ids, epoch)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+
+from dist_compress.config import DataConfig
+from dist_compress.training.data import augment
+from dist_compress.training.data.hashing import mix
+
+_AUGMENTATION = 0xA06  # purpose: keeps these hashes apart from those of other uses of the seed
+
+
+class Split(Protocol):
+    num_samples: int
+    num_classes: int
+
+    def batch(self, ids: torch.Tensor, epoch: torch.Tensor | int | None) -> dict[str, Any]:
+        """`ids`: int64 [n] on the CPU; `epoch`: of each sample, None for evaluation (no augmentation). Local.
+
+        Returns at least {"inputs": float [n, ...] (or a dict of keyword arguments), "targets": int64 [n],
+        "ids": int64 [n]} on the device of the run, a pure function of the arguments.
+        """
+        ...
+
+
+class Transform:
+    """What lies between stored pixels and the model: augmentation and normalisation."""
+
+    def __init__(self, config: DataConfig, seed: int, device: torch.device) -> None:
+        self.augment, self.seed, self.device = config.augment, seed, device
+        self.mean = torch.tensor(config.mean, device=device).view(1, -1, 1, 1) * 255.0
+        self.scale = 1.0 / (torch.tensor(config.std, device=device).view(1, -1, 1, 1) * 255.0)
+
+    def hashes(self, ids: torch.Tensor, epoch: torch.Tensor | int) -> torch.Tensor:
+        """int64 [n] on the CPU: what every random draw for a sample in an epoch comes from."""
+        return mix(self.seed, _AUGMENTATION, epoch, ids)
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """[n, 3, S, S] in 0..255 -> float32."""
+        return (images.float() - self.mean) * self.scale
+
+
+class MemorySplit:
+    """uint8 images on the device of the run, augmented there: what makes small images fast."""
+
+    def __init__(
+        self, images: torch.Tensor, targets: torch.Tensor, num_classes: int, transform: Transform
+    ) -> None:
+        """`images`: uint8 [n, 3, S, S]; `targets`: int64 [n]."""
+        self.images, self.targets = images.to(transform.device), targets.to(transform.device)
+        self.num_samples, self.num_classes, self.transform = len(images), num_classes, transform
+
+    def batch(self, ids: torch.Tensor, epoch: torch.Tensor | int | None) -> dict[str, Any]:
+        ids = torch.as_tensor(ids)
+        where = ids.to(self.images.device)
+        images, kind = self.images[where], self.transform.augment
+        if epoch is not None and kind != "none":
+            hashes = self.transform.hashes(ids, epoch).to(images.device)
+            if kind == "random_resized_crop":
+                images = augment.resized_crop(images, hashes)
+            else:
+                images = augment.pad_crop(images, hashes, flip=kind == "pad_crop_flip")
+        return {"inputs": self.transform.normalise(images), "targets": self.targets[where], "ids": where}
+
+
+Decode = Callable[[int, "tuple[float, float, float, float] | None"], torch.Tensor]
+
+
+class DecodedSplit:
+    """Images decoded by a pool of threads (the decoder lets go of the interpreter), ahead of time when told."""
+
+    def __init__(
+        self, decode: Decode, targets: Sequence[int], num_classes: int, transform: Transform, num_threads: int
+    ) -> None:
+        """`decode(id, box)`: uint8 [3, S, S] of the whole image, or of a box as fractions of it."""
+        self.decode, self.targets, self.transform = decode, torch.tensor(targets), transform
+        self.num_samples, self.num_classes = len(targets), num_classes
+        self.pool = ThreadPoolExecutor(max(num_threads, 1))
+        self.ahead: dict[tuple, list[Future[torch.Tensor]]] = {}
+
+    def prefetch(self, ids: torch.Tensor, epoch: torch.Tensor | int | None) -> None:
+        """Start decoding a batch that will be asked for soon. Local."""
+        self.ahead[self._key(ids, epoch)] = self._start(ids, epoch)
+
+    def batch(self, ids: torch.Tensor, epoch: torch.Tensor | int | None) -> dict[str, Any]:
+        futures = self.ahead.pop(self._key(ids, epoch), None) or self._start(ids, epoch)
+        device, kind = self.transform.device, self.transform.augment
+        images = torch.stack([f.result() for f in futures]).to(device, non_blocking=True)
+        if epoch is not None and kind != "none":
+            hashes = self.transform.hashes(ids, epoch).to(device)
+            if kind == "random_resized_crop":
+                images = torch.where(augment.mirrored(hashes)[:, None, None, None], images.flip(3), images)
+            else:
+                images = augment.pad_crop(images, hashes, flip=kind == "pad_crop_flip")
+        return {
+            "inputs": self.transform.normalise(images),
+            "targets": self.targets[ids].to(device),
+            "ids": ids.to(device),
+        }
+
+    def _start(self, ids: torch.Tensor, epoch: torch.Tensor | int | None) -> list[Future[torch.Tensor]]:
+        boxes: list[Any] = [None] * len(ids)
+        if epoch is not None and self.transform.augment == "random_resized_crop":
+            boxes = [tuple(box) for box in augment.crop_boxes(self.transform.hashes(ids, epoch)).tolist()]
+        return [self.pool.submit(self.decode, i, box) for i, box in zip(ids.tolist(), boxes, strict=True)]
+
+    @staticmethod
+    def _key(ids: torch.Tensor, epoch: torch.Tensor | int | None) -> tuple:
+        return (*ids.tolist(), None if epoch is None else str(torch.as_tensor(epoch).tolist()))

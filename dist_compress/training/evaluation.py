@@ -1,0 +1,48 @@
+"""Each sample of a split exactly once, at any number of ranks, with equal bits."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_compress import comm
+from dist_compress.training.data.split import Split
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """`inputs`: a tensor, or a dict of keyword arguments. Local."""
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
+def autocast(precision: str) -> AbstractContextManager[Any]:
+    """Forward passes in bfloat16 where that is safe (`train.precision=bf16`). Local."""
+    return torch.autocast(comm.device().type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split, task: Any, batch_size: int, precision: str) -> dict[str, float]:
+    """{"loss": mean, and the task's metrics} over the whole split, in eval mode. Collective; the same everywhere.
+
+    Batch j goes to rank j mod N; the last one may be smaller. A rank without a batch in the last round runs a dummy.
+    """
+    was_training = model.training
+    model.eval()
+    num_batches = -(-split.num_samples // batch_size)
+    rows: list[torch.Tensor] = []
+    names: list[str] = []
+    for round in range(-(-num_batches // comm.world_size())):
+        j = (round * comm.world_size() + comm.rank()) % num_batches  # a dummy repeats an early batch: ignored
+        ids = torch.arange(j * batch_size, min((j + 1) * batch_size, split.num_samples))
+        batch = split.batch(ids, None)
+        with autocast(precision):
+            output = call(model, batch["inputs"])
+        sums = {"loss": task.loss(output, batch), **task.metrics(output, batch)}
+        names = list(sums)
+        values = [torch.as_tensor(v, dtype=torch.float64, device=comm.device()) for v in sums.values()]
+        rows.append(torch.stack([*values, values[0].new_tensor(task.count(batch))]))
+    model.train(was_training)
+    total = comm.ordered_sum(torch.stack(rows), num_batches)
+    return dict(zip(names, (total[:-1] / total[-1]).tolist(), strict=True))

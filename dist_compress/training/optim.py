@@ -1,0 +1,89 @@
+"""Any optimizer of torch.optim by its name, and its state by parameter name.
+
+By name, because after a shrink or at another number of ranks the parameters are other objects.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_compress.config import OptimConfig
+from dist_compress.errors import UserError
+
+# Weights are masked, sliced and (later) sharded element by element, and the state must follow.
+REFUSED = {
+    "LBFGS": "its history is over whole parameter vectors",
+    "Muon": "its update orthogonalises whole matrices",
+    "Adafactor": "its second moment is factored over rows and columns",
+}
+State = dict[str, dict[str, Any]]
+Transform = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+def build(config: OptimConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Raises UserError for an unknown or refused name and for arguments the optimizer does not take. Local."""
+    optimizers = {
+        name: value
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type)
+        and issubclass(value, torch.optim.Optimizer)
+        and value is not torch.optim.Optimizer
+    }
+    if config.name in REFUSED:
+        raise UserError(
+            f"optim.name={config.name!r} cannot be used: {REFUSED[config.name]}, so its state is not elementwise "
+            "and cannot follow masks and slices. Choose for example SGD or AdamW."
+        )
+    if config.name not in optimizers:
+        choices = ", ".join(sorted(optimizers.keys() - REFUSED.keys()))
+        raise UserError(f"optim.name={config.name!r}: no such optimizer. Available: {choices}.")
+    accepted = list(inspect.signature(optimizers[config.name]).parameters)[1:]
+    if unknown := sorted(
+        config.kwargs.keys() - set(accepted) | config.kwargs.keys() & {"lr", "weight_decay"}
+    ):
+        allowed = [name for name in accepted if name not in ("lr", "weight_decay")]
+        raise UserError(f"optim.kwargs.{unknown[0]}: {config.name} accepts {', '.join(allowed)} there.")
+    kwargs = {"lr": config.lr, **config.kwargs}
+    if "weight_decay" in accepted:
+        kwargs["weight_decay"] = config.weight_decay
+    elif config.weight_decay:
+        raise UserError(f"optim.weight_decay={config.weight_decay}: {config.name} has none. Set it to 0.")
+    try:
+        return optimizers[config.name](parameters, **kwargs)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"optim ({config.name}, {kwargs}): {error}") from None
+
+
+def state_by_name(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> State:
+    """{parameter name: {key: tensor or plain value}}; the tensors are the live ones. Local."""
+    return {names[p]: dict(state) for p, state in optimizer.state.items()}
+
+
+def transformed(state: State, transform: Transform) -> State:
+    """`state` with `transform({parameter name: tensor})` applied to each kind of moment; scalars stay. Local."""
+    out: State = {
+        name: {k: v for k, v in values.items() if not _is_moment(v)} for name, values in state.items()
+    }
+    for key in dict.fromkeys(k for values in state.values() for k in values):
+        moments = {n: values[key] for n, values in state.items() if _is_moment(values.get(key))}
+        for name, moment in transform(moments).items():
+            out[name][key] = moment
+    return out
+
+
+def _is_moment(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def load_by_name(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], state: State) -> None:
+    """Put a saved (or sliced) state into a new optimizer. Local. Every name and shape must fit."""
+    by_name = {name: p for p, name in names.items()}
+    packed = optimizer.state_dict()
+    index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    packed["state"] = {index[by_name[name]]: values for name, values in state.items()}
+    optimizer.load_state_dict(packed)  # casts to each parameter's device and dtype

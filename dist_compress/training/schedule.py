@@ -1,0 +1,84 @@
+"""How long the run is, and the learning rate at a step: pure functions of the configuration and the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dist_compress import comm
+from dist_compress.config import Config, OptimConfig
+from dist_compress.duration import duration
+from dist_compress.errors import UserError
+
+SCHEDULES = ("constant", "cosine", "step")
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """Facts of the run, the same at any number of ranks."""
+
+    num_micro: int  # M: micro-batches of one optimizer step
+    total_steps: int
+    steps_per_epoch: float
+
+
+def run_length(config: Config, num_samples: int) -> RunLength:
+    """Raises UserError when the batch sizes do not fit each other, the ranks or the data. Local."""
+    train, size = config.train, comm.world_size()
+    batches = (
+        f"train.global_batch_size={train.global_batch_size}, train.micro_batch_size={train.micro_batch_size}"
+    )
+    if train.micro_batch_size < 1 or train.global_batch_size % max(train.micro_batch_size, 1):
+        raise UserError(
+            f"{batches}: the global batch must be a whole number of micro-batches of at least one sample. "
+            "Change one of the two."
+        )
+    if num_samples < size:
+        raise UserError(
+            f"data.root or data.source: {num_samples} training samples for world size {size}: fewer samples than "
+            "ranks. Start fewer ranks (--nproc-per-node) or use more data."
+        )
+    num_micro = train.global_batch_size // train.micro_batch_size
+    if num_micro < size:
+        raise UserError(
+            f"{batches}: {num_micro} micro-batches cannot occupy world size {size}. Lower train.micro_batch_size to "
+            f"{max(train.global_batch_size // size, 1)} or less, raise train.global_batch_size, or start fewer ranks."
+        )
+    if train.sync_batchnorm and num_micro % size:
+        raise UserError(
+            f"train.sync_batchnorm=true with {batches}: {num_micro} micro-batches leave ranks without one in the "
+            f"last round at world size {size}. Choose sizes whose quotient is a multiple of {size}."
+        )
+    per_epoch = num_samples / train.global_batch_size
+    if train.max_steps is None and train.epochs < 0 or (train.max_steps or 0) < 0:
+        raise UserError(
+            f"train.max_steps={train.max_steps}, train.epochs={train.epochs}: give a length >= 0."
+        )
+    total = math.ceil(train.epochs * per_epoch) if train.max_steps is None else train.max_steps
+    return RunLength(num_micro, total, per_epoch)
+
+
+class LearningRate:
+    """`rate(step)`: linear warm-up, then constant, cosine (Loshchilov and Hutter 2017) or steps down."""
+
+    def __init__(self, config: OptimConfig, length: RunLength) -> None:
+        if config.schedule not in SCHEDULES:
+            raise UserError(f"optim.schedule={config.schedule!r}: choose from {', '.join(SCHEDULES)}.")
+        self.config, self.total = config, length.total_steps
+
+        def steps(value: float | str, key: str) -> int:
+            return duration(value, key, length.total_steps, length.steps_per_epoch)
+
+        self.warmup = steps(config.warmup, "optim.warmup")
+        self.milestones = [steps(m, f"optim.milestones[{i}]") for i, m in enumerate(config.milestones)]
+
+    def __call__(self, step: int) -> float:
+        config = self.config
+        if step < self.warmup:
+            return config.lr * (step + 1) / self.warmup
+        if config.schedule == "constant":
+            return config.lr
+        if config.schedule == "step":
+            return config.lr * config.gamma ** sum(step >= m for m in self.milestones)
+        done = min((step - self.warmup) / max(self.total - self.warmup, 1), 1.0)
+        return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1.0 + math.cos(math.pi * done))

@@ -1,0 +1,69 @@
+"""What is learned: the loss and the metrics of a micro-batch, as sums over its samples.
+
+A user's own task (`task._target_`) is any object with the methods of `Classification`; it is built once per rank
+from its keyword arguments. Sums, because the loop divides by the count of the global batch, whatever the number of
+ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from dist_compress.config import TaskConfig
+from dist_compress.errors import UserError
+from dist_compress.training.instantiate import instantiate
+
+AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's side classifiers (Szegedy et al. 2014, section 5)
+
+
+class Classification:
+    """Cross-entropy and top-1 accuracy."""
+
+    fixed_count = True  # count(batch) is the number of samples, so the global count needs no communication
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+
+    def loss(self, output: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """Sum over the samples, a scalar. `output`: logits [n, classes], or an object with `.logits`."""
+        total = self._cross_entropy(logits(output), batch)
+        for name in getattr(output, "_fields", ()):
+            if name.startswith("aux_logits") and getattr(output, name) is not None:
+                total = total + AUXILIARY_WEIGHT * self._cross_entropy(getattr(output, name), batch)
+        return total
+
+    def count(self, batch: dict[str, Any]) -> int:
+        """What the loss and the metrics are divided by."""
+        return len(batch["targets"])
+
+    def metrics(self, output: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Sums over the samples, the same keys for every batch."""
+        return {"accuracy": (logits(output).argmax(1) == batch["targets"]).sum()}
+
+    def _cross_entropy(self, values: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        return F.cross_entropy(
+            values.float(), batch["targets"], reduction="sum", label_smoothing=self.label_smoothing
+        )
+
+
+def logits(output: Any) -> torch.Tensor:
+    """The logits [n, classes] of a plain tensor, a Hugging Face output or a torchvision namedtuple."""
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def build(config: TaskConfig) -> Any:
+    """The task of the run. Local. Raises UserError naming `task`."""
+    if config.target is not None:
+        task = instantiate(config.target, "task")
+        if missing := [n for n in ("loss", "count", "metrics") if not hasattr(task, n)]:
+            raise UserError(
+                f"task._target_={config.target['_target_']!r}: the object has no {', '.join(missing)}. A task has "
+                "loss(output, batch), count(batch) and metrics(output, batch); see training/task.py."
+            )
+        return task
+    if config.source != "classification":
+        raise UserError(f"task.source={config.source!r}: choose classification, or give task._target_.")
+    return Classification(config.label_smoothing)
