@@ -17,7 +17,7 @@ from hydra._internal.utils import get_args_parser  # no public way to Hydra's ow
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 from dist_compress import config
@@ -65,8 +65,8 @@ def compose(args: argparse.Namespace) -> config.Config:
         if key.startswith("hydra.") and key != "hydra.searchpath":
             raise UserError(f"{override}: Hydra only composes a run; its folder is run_dir=, see --help.")
     _register_schema()
-    if args.config_dir:
-        _search_also(Path(args.config_dir).resolve())
+    _UserFolder.folder = args.config_dir and Path(args.config_dir).resolve()
+    Plugins.instance().register(_UserFolder)
     with initialize_config_dir(str(CONF), version_base=HYDRA_VERSION, job_name="dist_compress"):
         try:
             composed = hydra_compose(args.config_name or "config", overrides=args.overrides)
@@ -76,8 +76,8 @@ def compose(args: argparse.Namespace) -> config.Config:
             key = getattr(error.__cause__, "full_key", None)
             if key:
                 raise config.unknown_key(key) from None
-            cause = f" ({error.__cause__})" if error.__cause__ else ""
-            raise UserError(f"{error}{cause}") from None
+            override = f"{error.override}: " if isinstance(error, OverrideParseException) else ""
+            raise UserError(f"{override}{error}") from None
     return config.load(composed)
 
 
@@ -86,12 +86,14 @@ def _register_schema() -> None:
     ConfigStore.instance().store("schema", asdict(config.Config()))
 
 
-def _search_also(folder: Path) -> None:
-    class UserFolder(SearchPathPlugin):
-        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-            search_path.append("--config-dir", f"file://{folder}")
+class _UserFolder(SearchPathPlugin):
+    """Has the user's folder searched after conf/, also for the main config: Hydra's API takes one folder."""
 
-    Plugins.instance().register(UserFolder)
+    folder: Path | None = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if self.folder:
+            search_path.append("--config-dir", f"file://{self.folder}")
 
 
 def _missing(error: MissingConfigException) -> UserError:

@@ -230,6 +230,8 @@ def merge(cls: type[T], values: Mapping[str, Any], key: str) -> T:
 def unknown_key(key: str, siblings: list[str] | None = None) -> UserError:
     """The error for a key the schema lacks, with the closest there is. `siblings`: the keys at its place."""
     section, _, name = key.rpartition(".")
+    if section and siblings is None and section not in _sections():  # inside a free mapping, such as kwargs
+        return UserError(f"{key}: not set so far. Add it with +{key}=...")
     if siblings is None:
         siblings = [k.rpartition(".")[2] for k in _keys(Config) if k.rpartition(".")[0] == section]
     close = [_join(section, n) for n in difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)]
@@ -251,6 +253,10 @@ def _keys(cls: Any, key: str = "") -> Iterator[str]:
         yield _join(key, name)
         if is_dataclass(hint):
             yield from _keys(hint, _join(key, name))
+
+
+def _sections() -> set[str]:
+    return {key.rpartition(".")[0] for key in _keys(Config)}
 
 
 def _gather_target(values: dict[str, Any], section: str) -> None:
@@ -295,8 +301,8 @@ def _convert_union(hint: Any, value: Any, key: str) -> Any:
         try:
             return _convert(member, value, key)
         except UserError:
-            if len([m for m in members if m is not type(None)]) == 1:
-                raise  # names the place inside a list or section
+            if get_origin(member) and type(value) is get_origin(member):
+                raise  # names the place inside the list or mapping
     raise _wrong_type(key, value, _type_name(hint))
 
 

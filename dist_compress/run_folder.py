@@ -22,12 +22,18 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")  # colours and cursor moves,
 def enter(config: Config) -> Config:
     """Make the run's folder, start this rank's log; the config with `run_dir` absolute. Collective.
 
-    Rank 0 decides the folder; one that exists is kept, since a run resumes in its own.
+    Rank 0 decides the folder; one that exists is kept: a run resumes in its own.
     """
-    path = Path(comm.broadcast_object(str(Path(config.run_dir or default()).resolve())))
-    comm.on_rank0(lambda: _make(path))
+    path = choose(config.run_dir)
     _start_log(path)
     return dataclasses.replace(config, run_dir=str(path))
+
+
+def choose(run_dir: str | None) -> Path:
+    """The absolute folder, made and found writable. Collective; the same on every rank."""
+    path = Path(comm.broadcast_object(str(Path(run_dir or default()).resolve())))
+    comm.on_rank0(lambda: _make(path))
+    return path
 
 
 def default() -> str:

@@ -45,6 +45,8 @@ def sweep(args: argparse.Namespace) -> int:
         else:
             overrides.append(override)
     path = Path(folder).resolve()
+    for stale in path.glob("*/point.json"):  # of an earlier sweep here; its results stay
+        stale.unlink()
     flags = _flags(args.config_name, [args.config_dir] if args.config_dir else [])
     sys.argv[1:] = ["--multirun", *flags, *overrides, f"hydra.sweep.dir={_quoted(path)}"]
     try:
