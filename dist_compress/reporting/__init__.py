@@ -1,1 +1,1 @@
-"""What a run shows and leaves behind: the metrics file, the progress line, W&B, the final table and the report page."""
+"""What a run shows and leaves behind: metrics file, progress, W&B, the final table, the report page."""

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no external resource, coloured by the classes of the page's own style sheet."""
+"""Line charts as inline SVG: no script, no external resource, coloured by the style sheet of the page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_DOTS = 40
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
     """Round numbers that cover [low, high], steps of 1, 2, 2.5 or 5 times a power of ten."""
     if high <= low:
-        high = low + (abs(low) or 1.0)
+        low, high = low - (abs(low) or 1.0) / 2, low + (abs(low) or 1.0) / 2
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough * 0.999)
@@ -50,8 +50,8 @@ def line_chart(
 ) -> str:
     """An <svg> of named series [(step, value)] over the step axis.
 
-    `marks`: {step: tooltip} drawn as vertical lines. `steps`: values hold until the next one (for settings, as opposed
-    to measurements). Series keep their colour by position; at most six are told apart.
+    `marks`: {step: tooltip} drawn as vertical lines. `steps`: values hold until the next one (settings, not
+    measurements). A series has its colour by position; six are told apart.
     """
     points = [p for line in series.values() for p in line]
     values = [0.0, *(v for _, v in points)] if from_zero else [v for _, v in points]
@@ -67,11 +67,13 @@ def line_chart(
         return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (value - low) / (high - low)
 
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">']
-    for y in y_ticks:
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y_of(y) + 3.5:.1f}" text-anchor="end">{escape(show(y))}</text>')
-    for x in x_ticks:
-        parts.append(f'<text class="tick" x="{x_of(x):.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{x:.0f}</text>')
+    right = _WIDTH - _RIGHT
+    for value in y_ticks:
+        y = y_of(value)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_tick(_LEFT - 8, y + 3.5, "end", show(value)))
+    for step in x_ticks:
+        parts.append(_tick(x_of(step), _HEIGHT - 8, "middle", f"{step:.0f}"))
     for step, text in (marks or {}).items():
         x = f"{x_of(step):.1f}"
         parts.append(
@@ -81,6 +83,10 @@ def line_chart(
     for number, (name, line) in enumerate(series.items()):
         parts.append(_line(name, number % 6, thin(line), x_of, y_of, show, steps, x_end))
     return "".join([*parts, "</svg>"])
+
+
+def _tick(x: float, y: float, anchor: str, text: str) -> str:
+    return f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _line(
@@ -103,5 +109,6 @@ def _line(
     dots = points if len(points) <= _MAX_DOTS and not steps else points[-1:]
     for x, y in dots:
         tip = escape(f"{name}, step {x:g}: {show(y)}")
-        parts.append(f'<circle class="dot c{number}" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="2.6"><title>{tip}</title></circle>')
+        at = f'cx="{x_of(x):.1f}" cy="{y_of(y):.1f}"'
+        parts.append(f'<circle class="dot c{number}" {at} r="2.6"><title>{tip}</title></circle>')
     return "".join(parts)

@@ -24,7 +24,7 @@ _LINE_EVERY_S = 10.0
 
 @cache
 def console() -> Console:
-    """What tables and lines are printed on: sys.stdout as it is when printing; no hard wraps outside a terminal."""
+    """What tables and lines are printed on: sys.stdout of the moment; no hard wraps outside a terminal."""
     probe = Console()
     return probe if probe.is_terminal else Console(width=110, soft_wrap=True)
 
@@ -85,8 +85,11 @@ class ProgressLine:
         return "  ".join(parts)
 
     def _start_bar(self) -> Progress:
-        """A live bar on the terminal only. Streams that also feed a log file (they have a `.terminal`) keep feeding
-        it, and what they send to the terminal appears above the bar; the bar's redraws never reach the file."""
+        """A live bar on the terminal only.
+
+        Streams that also feed a log file (they have a `.terminal`) keep feeding it, and what they send to the
+        terminal appears above the bar; the redraws of the bar never reach the file.
+        """
         streams = [s for s in (sys.stdout, sys.stderr) if hasattr(s, "terminal")]
         out = Console(file=streams[0].terminal) if streams else self._out  # type: ignore[attr-defined]
         for stream in streams:
@@ -150,7 +153,7 @@ def _checks(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str], title: str = "") -> Table:
-    """Several runs side by side: one line a row, one column per key of the flat summaries; missing values as "-"."""
+    """Several runs side by side: a line for each row, a column for each key; a missing value is "-"."""
     result = Table(title=title or None, title_justify="left", title_style="bold")
     for column in columns:
         numeric = any(isinstance(row.get(column), int | float) for row in rows)

@@ -1,4 +1,4 @@
-"""The flat summary as figures for people: what was measured before and after, how it changed, and in which unit.
+"""The flat summary as figures for people: what was measured before and after, and how it changed.
 
 The console table and the report page are drawn from the same rows, so that they cannot disagree.
 """
@@ -6,10 +6,11 @@ The console table and the report page are drawn from the same rows, so that they
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Summary keys without /before or /after, in the order in which they are shown.
+# Summary keys without their /before or /after, in the order in which they are shown.
 _COSTS = {"params": "Parameters", "macs": "MACs", "file_bytes": "File size"}
 _LATENCY = re.compile(r"latency_ms/(p\d+)/(?:before|after)/b(\d+)")
 
@@ -57,11 +58,27 @@ def fingerprint(value: Any) -> str:
     return f"{value & (2**64 - 1):016x}" if isinstance(value, int) else str(value)
 
 
+def source_name(section: Mapping[str, Any]) -> str:
+    """What to call the model or data of a section of the config: the last name of a callable or folder."""
+    target = section.get("_target_") or (section.get("target") or {}).get("_target_")
+    if target:
+        return str(target).rpartition(".")[2]
+    return str(section.get("name") or section.get("source") or "").rstrip("/").rpartition("/")[2]
+
+
 def percent(fraction: float, digits: int = 2) -> str:
     return f"{100 * fraction:.{digits}f} %"
 
 
-def _cost(key: str, label: str, before: float, after: float, show: Any, better: str, worse: str) -> Figure:
+def _cost(
+    key: str,
+    label: str,
+    before: float,
+    after: float,
+    show: Callable[[float], str],
+    better: str,
+    worse: str,
+) -> Figure:
     if before <= 0 or after <= 0 or before == after:
         return Figure(key, label, show(before), show(after), "same" if before == after else "", None)
     ratio = before / after
@@ -72,14 +89,15 @@ def _cost(key: str, label: str, before: float, after: float, show: Any, better: 
 def _accuracy(before: float, after: float) -> Figure:
     points = 100 * (after - before)
     change = f"{points:+.2f} points" if abs(points) >= 0.005 else "same"
-    return Figure("accuracy", "Accuracy", percent(before), percent(after), change, points > 0 if points else None)
+    better = points > 0 if points else None
+    return Figure("accuracy", "Accuracy", percent(before), percent(after), change, better)
 
 
 def _milliseconds(value: float) -> str:
     return f"{value:.2f} ms" if value < 100 else f"{value:.0f} ms"
 
 
-def _latencies(summary: dict[str, Any]) -> list[Figure]:
+def _latencies(summary: Mapping[str, Any]) -> list[Figure]:
     found = sorted({(int(m[2]), m[1]) for m in map(_LATENCY.fullmatch, summary) if m})
     names = {"p50": "median"}
     figures = []
@@ -93,15 +111,17 @@ def _latencies(summary: dict[str, Any]) -> list[Figure]:
     return figures
 
 
-def before_after(summary: dict[str, Any]) -> list[Figure]:
-    """The rows of the before/after table: accuracy, costs, latencies, then any other `<name>/before|after` pair."""
-    figures = []
-    pairs = [key.removesuffix("/before") for key in summary if key.endswith("/before")]
-    pairs = [key for key in pairs if f"{key}/after" in summary]
-    pairs.sort(key=lambda key: (["accuracy", *_COSTS].index(key) if key in _COSTS or key == "accuracy" else 99, key))
-    others = []
-    for key in pairs:
-        before, after = summary[f"{key}/before"], summary[f"{key}/after"]
+def _place(key: str) -> tuple[int, str]:
+    known = ["accuracy", *_COSTS]
+    return (known.index(key), "") if key in known else (len(known), key)
+
+
+def before_after(summary: Mapping[str, Any]) -> list[Figure]:
+    """The rows of the table: accuracy, costs, latencies, then any other `<name>/before` with an `/after`."""
+    figures, others = [], []
+    names = [key.removesuffix("/before") for key in summary if key.endswith("/before")]
+    for key in sorted(names, key=_place):
+        before, after = summary[f"{key}/before"], summary.get(f"{key}/after")
         if before is None or after is None:
             continue
         if key == "accuracy":

@@ -1,7 +1,7 @@
 """Append-only JSON lines of a run, one object a line, each with `step` and `time`.
 
-The file survives a kill (every line is handed to the system when it is written) and a resume: what the earlier life of
-the run recorded at or after the step where the new one goes on is cut off, so that each step is there once.
+The file survives a kill (a line is handed to the system when it is written) and a resume: what the earlier
+life of the run recorded at or after the step where the new one goes on is cut off: each step is there once.
 """
 
 from __future__ import annotations

@@ -45,14 +45,15 @@ def write_report(
     """Write `run_dir/report.html` and return its path. Rank 0 only.
 
     `layers`: {name, before, after, params_before, params_after, macs_before, macs_after}, channels as counts.
-    `asked_but_kept`: {name, asked, given, reason}; a float is a ratio removed, an int a number of channels removed.
+    `asked_but_kept`: {name, asked, given, reason}; a float is a ratio removed, an int a number of channels.
     `history`: events {step, text}. `metrics`: rows of metrics.jsonl. `decisions`: {step, ratio, fingerprint}.
     """
     config = yaml.safe_load(config_yaml) or {}
     loader = jinja2.PackageLoader("dist_compress.reporting", ".")
-    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    strict = jinja2.StrictUndefined
+    page = jinja2.Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True)
     page.filters |= {"count": figures.count, "fingerprint": figures.fingerprint, "amount": _amount}
-    rows = figures.before_after(dict(summary))
+    rows = figures.before_after(summary)
     text = page.get_template("report.html.jinja").render(
         title=_title(config) or Path(run_dir).resolve().name,
         subtitle=_subtitle(config, summary),
@@ -65,7 +66,7 @@ def write_report(
         asked_but_kept=asked_but_kept,
         decisions=decisions,
         history=[_event(row) for row in history],
-        fingerprints={k.partition("/")[2]: v for k, v in sorted(summary.items()) if k.startswith("fingerprint/")},
+        fingerprints=_under("fingerprint", summary),
         environment={**_environment(), **_told_environment(summary)},
         summary={key: json.dumps(summary[key], default=str) for key in sorted(summary)},
         config_yaml=config_yaml,
@@ -78,8 +79,7 @@ def write_report(
 
 
 def _title(config: Row) -> str:
-    model, data = config.get("model") or {}, config.get("data") or {}
-    names = [m.get("name") or m.get("source") for m in (model, data) if not m.get("target")]
+    names = (figures.source_name(config.get(section) or {}) for section in ("model", "data"))
     return " on ".join(filter(None, names))
 
 
@@ -90,15 +90,16 @@ def _subtitle(config: Row, summary: Row) -> list[str]:
         schedule = (pruning.get("schedule") or {}).get("name")
         parts.append(f"{pruning['method']}" + (f", {schedule} schedule" if schedule else ""))
         if pruning.get("sparse_ratio") is not None:
-            parts.append(f"{figures.percent(pruning['sparse_ratio'], 0)} of {pruning.get('compute')} asked")
+            currency = {"macs": "MACs", "params": "parameters"}.get(str(pruning.get("compute")), "channels")
+            parts.append(f"{figures.percent(pruning['sparse_ratio'], 0)} of the {currency} asked for")
     if "world_size" in summary:
         ranks = "1 rank" if summary["world_size"] == 1 else f"{summary['world_size']} ranks"
-        parts.append(" ".join([ranks, str(summary.get("backend", ""))]).strip())
+        parts.append(", ".join(filter(None, [ranks, summary.get("backend")])))
     return parts
 
 
 def _headlines(rows: Sequence[figures.Figure]) -> list[figures.Figure]:
-    """The four figures one asks for first: accuracy, MACs, parameters, median latency at the largest batch."""
+    """The four figures asked for first: accuracy, MACs, parameters, median latency of the largest batch."""
     by_key = {row.key: row for row in rows}
     medians = [row.key for row in rows if row.key.startswith("latency_ms/p50/")]
     keys = ["accuracy", "macs", "params", *medians[-1:]]
@@ -109,19 +110,18 @@ def _proof(config: Row, summary: Row) -> dict[str, Any]:
     """masked == shrunk: the difference that was measured, the one that is allowed, and the verdict."""
     difference = summary.get("verify/max_rel_diff")
     tolerance = summary.get("verify/tolerance", (config.get("speedup") or {}).get("tolerance"))
-    known = difference is not None and tolerance is not None
     masked, after = summary.get("accuracy/masked"), summary.get("accuracy/after")
     return {
         "difference": None if difference is None else f"{difference:.2e}",
         "tolerance": None if tolerance is None else f"{tolerance:.0e}",
-        "holds": difference <= tolerance if known else None,
+        "holds": None if difference is None or tolerance is None else difference <= tolerance,
         "masked": None if masked is None else figures.percent(masked),
         "after": None if after is None else figures.percent(after),
     }
 
 
 def _layers(layers: Sequence[Row], asked_but_kept: Sequence[Row]) -> list[dict[str, Any]]:
-    """Each layer with the share it kept and, where less was removed than asked, the share that was asked for."""
+    """Each layer with the share it kept and, where less was removed than asked, the share asked for."""
     asked = {row["name"]: row["asked"] for row in asked_but_kept}
     result = []
     for layer in layers:
@@ -154,7 +154,9 @@ def _curves(metrics: Sequence[Row], decisions: Sequence[Row]) -> list[dict[str, 
     for name in order:
         title, options = _CURVES.get(name, (name, {}))
         svg = charts.line_chart(title, groups[name], marks=marks, last_step=end, **options)
-        result.append({"title": title, "names": list(groups[name]), "svg": Markup(svg), "main": name in _CURVES})
+        result.append(
+            {"title": title, "names": list(groups[name]), "svg": Markup(svg), "main": name in _CURVES}
+        )
     return result
 
 
@@ -195,10 +197,11 @@ def _cpu_name() -> str:
 
 
 def _told_environment(summary: Row) -> dict[str, Any]:
-    """What the summary says about the run's surroundings: world_size, backend, and all of env/ and versions/."""
+    """What the summary says of the run's surroundings: world_size, backend, all of env/ and versions/."""
     told = {key: summary[key] for key in ("world_size", "backend") if key in summary}
-    for key, value in summary.items():
-        head, _, name = key.partition("/")
-        if head in ("env", "versions") and name:
-            told[name] = value
-    return told
+    return {**told, **_under("env", summary), **_under("versions", summary)}
+
+
+def _under(head: str, summary: Row) -> dict[str, Any]:
+    """The entries below `head/`, without it, in order of their names."""
+    return {key.partition("/")[2]: summary[key] for key in sorted(summary) if key.startswith(f"{head}/")}

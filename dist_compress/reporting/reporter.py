@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, the progress line, events, W&B. Everything happens on rank 0."""
+"""What a run tells while it goes: metrics.jsonl, the progress line, events, W&B. All of it on rank 0."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from rich.text import Text
 
 from dist_compress import comm
 from dist_compress.config import Config
@@ -21,8 +23,8 @@ _log = logging.getLogger(__name__)
 class Reporter:
     """Call it alike on every rank; on all but rank 0 every method does nothing. No collectives.
 
-    Writes `run_dir/metrics.jsonl` (one line a step) and `run_dir/events.jsonl`. With `resumed`, lines at or after the
-    first step that is logged again are dropped. `total_steps` are optimizer steps; steps count from 0.
+    Writes `run_dir/metrics.jsonl` (one line a step) and `run_dir/events.jsonl`. With `resumed`, lines at or
+    after the first step that is logged again are dropped. `total_steps` are optimizer steps, counted from 0.
     """
 
     def __init__(self, config: Config, run_dir: str | Path, total_steps: int, resumed: bool = False) -> None:
@@ -41,7 +43,7 @@ class Reporter:
         self._tracker = Tracker(config, self.run_dir, resumed=resumed, facts=facts)
 
     def log(self, step: int, series: Mapping[str, float]) -> None:
-        """Record series measured after optimizer step `step`. Series of one step may come in several calls."""
+        """Record series measured after optimizer step `step`. Those of one step may come in several calls."""
         if not self._active or not series:
             return
         self._step = step
@@ -51,12 +53,12 @@ class Reporter:
         self._tracker.log(step, values)
 
     def event(self, text: str, step: int | None = None) -> None:
-        """Something worth a line on the console and in the report, e.g. a decision. `step`: the last one logged."""
+        """Something worth a line on the console and in the report. `step`: None for the last one logged."""
         if not self._active:
             return
         _log.info("%s", text)
         step = self._step if step is None else step
-        if step >= 0 or not self._resumed:  # before the first step of a resumed run nobody knows where it goes on
+        if step >= 0 or not self._resumed:  # a resumed run's place is not known before its first step
             self._events.add(step, {"text": text})
 
     def summary(self, summary: Mapping[str, Any]) -> None:
@@ -66,7 +68,10 @@ class Reporter:
             self._tracker.summary(self._summary)
 
     def close(self, finished: bool = True) -> None:
-        """End the progress line, print the table, end the W&B run. Waits for W&B for a bounded time. Call once."""
+        """End the progress line, print the table, end the W&B run, waiting for it a bounded time.
+
+        `finished=False` when an error ends the run: W&B then shows it as crashed.
+        """
         if not self._active:
             return
         self._active = False
@@ -77,11 +82,12 @@ class Reporter:
             console().print(summary_table(self._summary))
         command = self._tracker.close(finished)
         if command:
-            console().print(f"W&B recorded offline. To upload: {command}", markup=False, highlight=False, soft_wrap=True)
+            line = Text(f"W&B recorded offline. To upload: {command}")
+            console().print(line, soft_wrap=True)  # a command is copied whole
 
 
 def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> None:
-    """`run_dir/summary.json`, keys sorted, replaced in one go: a reader sees the old file or the new. Rank 0 only."""
+    """`run_dir/summary.json`, keys sorted, replaced in one go. Rank 0 only."""
     file = Path(run_dir) / "summary.json"
     draft = file.with_suffix(".json.part")
     draft.write_text(json.dumps(dict(summary), indent=2, sort_keys=True) + "\n")

@@ -1,6 +1,7 @@
 """W&B at arm's length: a helper process does the talking, this side only queues; see `wandb_process.py`.
 
-Whatever happens over there (no key, no network, a hang, a crash) is one warning here, and `close` waits a bounded time.
+Whatever happens over there (no key, no network, a hang, a crash) is one warning here; `close` waits a bounded
+time.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from typing import Any
 
 from dist_compress.config import Config
 from dist_compress.errors import UserError
+from dist_compress.reporting import figures
 
 _log = logging.getLogger(__name__)
 
 _MODES = ("offline", "online", "disabled")
-_CLOSE_S = 40.0  # how long the end of a run waits for W&B before it leaves
+_START_S = 20.0  # to log in and go online, before the helper records offline
+_UPLOAD_S = 20.0  # for what is left to upload at the end
+_CLOSE_S = 45.0  # how long the end of a run waits for the helper before it leaves
 
 
 def mode_of(config: Config) -> str:
@@ -49,11 +53,12 @@ def mode_of(config: Config) -> str:
 def start_arguments(config: Config, run_dir: Path, run_id: str, facts: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `wandb.init`, chosen so that runs line up in W&B's run comparer.
 
-    The config is flat and complete, names and group say what differs and what is shared, and `facts` (world size and
-    such) stand in the config too, since they are no choice of the recipe.
+    The config is flat and complete, the name says what differs and the group what is shared; `facts` (world
+    size and such) stand in the config too, since they are no choice of the recipe.
     """
     pruning = config.pruning
-    name = [config.model.name, config.data.source]
+    model, data = figures.source_name(asdict(config.model)), figures.source_name(asdict(config.data))
+    name = [model, data]
     if pruning.method:
         ratio = [] if pruning.sparse_ratio is None else [f"{pruning.sparse_ratio:g}"]
         name += [pruning.method.rpartition(".")[2], *ratio, pruning.schedule.name]
@@ -61,16 +66,16 @@ def start_arguments(config: Config, run_dir: Path, run_id: str, facts: dict[str,
         "project": config.logger.project,
         "dir": str(run_dir),
         "id": run_id,
-        "name": "-".join([*name, f"s{config.seed}"]),
-        "group": config.logger.group or f"{config.model.name}-{config.data.source}",
+        "name": "-".join([*name, f"s{config.seed}"])[:128],
+        "group": config.logger.group or f"{model}-{data}",
         "job_type": "prune" if pruning.method else "train",
-        "tags": list(dict.fromkeys([*config.logger.tags, config.backend.name, *name]))[:20],
+        "tags": [tag[:64] for tag in dict.fromkeys([*config.logger.tags, config.backend.name, *name])],
         "config": {**flat(asdict(config)), **facts},
     }
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"epochs": 1}} -> {"train.epochs": 1}. Lists stay whole: a position in a list compares nothing."""
+    """{"train": {"epochs": 1}} -> {"train.epochs": 1}. Lists stay whole: positions compare nothing."""
     result: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
@@ -103,7 +108,9 @@ class Tracker:
         folder.mkdir(parents=True, exist_ok=True)
         start = folder / "start.json"
         self._id = _run_id(folder, resumed)
-        start.write_text(json.dumps(start_arguments(config, run_dir, self._id, facts), default=str))
+        arguments = start_arguments(config, run_dir, self._id, facts)
+        order = {"init": arguments, "start_s": _START_S, "upload_s": _UPLOAD_S}
+        start.write_text(json.dumps(order, default=str))
         self._folder = folder
         self._queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         with (folder / "helper.log").open("ab") as log:
@@ -129,7 +136,7 @@ class Tracker:
             self._queue.put({"summary": summary})
 
     def close(self, finished: bool = True) -> str | None:
-        """End the W&B run (as crashed unless `finished`); the command that uploads it, if it still has to be."""
+        """End the W&B run, as crashed unless `finished`. Returns the command that uploads it, if needed."""
         if self._process is None:
             return None
         if finished:
@@ -147,7 +154,7 @@ class Tracker:
         return None if uploaded else self._sync_command()
 
     def _sync_command(self) -> str | None:
-        """One folder for each life of the run; they share the id, and W&B joins them in the order of their start."""
+        """A folder for each life of the run; they share the id, and W&B joins them in order."""
         folders = sorted(str(p) for p in self._folder.glob(f"*run-*-{self._id}") if any(p.glob("*.wandb")))
         return f"wandb sync {shlex.join(folders)}" if folders else None
 

@@ -1,8 +1,9 @@
-"""The process that talks to W&B, so that nothing W&B does (waiting for a network, an exit hook) can hold up the run.
+"""The process that talks to W&B, so that nothing W&B does (a slow network, an exit hook) can hold up the run.
 
-Started by `tracker.py` as `python wandb_process.py START MODE`. START is a JSON file with the keyword arguments of
-`wandb.init`; stdin brings one JSON object a line: {"log": {...}, "step": n}, {"summary": {...}}, {"finish": true}.
-stdout answers with {"warning": text} and {"folder": path}. Imports nothing of this package.
+Started by `tracker.py` as `python wandb_process.py START MODE`. START is a JSON file: {"init": arguments of
+`wandb.init`, "start_s": limit of going online, "upload_s": limit of the upload at the end}. stdin brings one
+JSON object a line, {"log": {...}, "step": n}, {"summary": {...}} or {"finish": true}; stdout answers with
+{"warning": text}. Imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -15,9 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-
-_ONLINE_START_S = 20  # for login and init together
-_UPLOAD_S = 20  # for what is left to upload at the end
 
 
 def _say(**message: Any) -> None:
@@ -33,7 +31,7 @@ def _reachable(url: str) -> None:
     socket.create_connection((parts.hostname or "", port), timeout=5).close()
 
 
-def _start(arguments: dict[str, Any], mode: str) -> Any:
+def _start(order: dict[str, Any], mode: Any) -> Any:
     import wandb
 
     if mode == "online":
@@ -43,43 +41,41 @@ def _start(arguments: dict[str, Any], mode: str) -> Any:
     settings = wandb.Settings(
         silent=True,
         console="off",
-        login_timeout=5,
-        init_timeout=10,
-        finish_timeout=_UPLOAD_S,
+        init_timeout=order["start_s"],
+        finish_timeout=order["upload_s"],
         x_stats_pid=os.getppid(),  # system metrics of the run, not of this helper
     )
-    return wandb.init(mode=mode, resume="allow", settings=settings, **arguments)
-
-
-def _too_late(signum: int, frame: Any) -> None:
-    raise TimeoutError(f"no answer within {_ONLINE_START_S} s")
+    return wandb.init(mode=mode, resume="allow", settings=settings, **order["init"])
 
 
 def _start_or_fall_back(file: Path, mode: str) -> Any:
     """The run; when going online fails, this process begins anew, offline, and never returns from here."""
-    arguments = json.loads(file.read_text())
-    signal.signal(signal.SIGALRM, _too_late)
-    signal.alarm(_ONLINE_START_S)
+    order = json.loads(file.read_text())
+
+    def too_late(signum: int, frame: Any) -> None:
+        raise TimeoutError(f"no answer within {order['start_s']:g} s")
+
+    signal.signal(signal.SIGALRM, too_late)
+    signal.setitimer(signal.ITIMER_REAL, order["start_s"])
     try:
-        return _start(arguments, mode)
+        return _start(order, mode)
     except Exception as error:  # anything: a logger must not decide over a run
-        if mode != "online":
+        if mode != "online" or isinstance(error, ModuleNotFoundError):
             raise
         _say(warning=f"W&B cannot go online: {_short(error)}. The run is recorded offline.")
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
     os.environ.pop("WANDB_SERVICE", None)  # the service of the failed attempt may be stuck
     os.dup2(_ANSWERS, 1)
     os.execv(sys.executable, [sys.executable, __file__, str(file), "offline"])
 
 
 def _short(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300].rstrip(".")
+    return (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")
 
 
 def _serve(run: Any) -> None:
-    """Carry messages to W&B until told to finish. The end of stdin without that word means the run crashed."""
+    """Carry messages to W&B until told to finish. The end of stdin without that word: the run crashed."""
     for line in sys.stdin.buffer:
         message = json.loads(line)
         if "log" in message:
@@ -107,7 +103,6 @@ def main() -> None:
     sys.path[:] = [entry for entry in sys.path if entry != here]  # `import wandb` must not find our siblings
     try:
         run = _start_or_fall_back(Path(sys.argv[1]), sys.argv[2])
-        _say(folder=str(Path(run.dir).parent))
         _serve(run)
     except ModuleNotFoundError as error:
         _give_up(f"W&B is off: {error}. Install it (pip install wandb), or set logger.name=none.")
