@@ -1,9 +1,10 @@
 """Compressed weights by projection: one latent per parameter, the module sees a pure function of it.
 
-Between optimizer step and forward `project` puts `fn(latent)` into the parameter, in place, so that the same code
-serves every backend (DDP buckets and optimizer references stay valid; a shard is projected like a whole). Before
-the optimizer step, and before a checkpoint, `restore` puts the latent back. Methods contribute functions under a
-key; they are applied in the order of `KEYS`, so a mask comes before a quantizer whoever was added first.
+Between optimizer step and forward `project` puts `fn(latent)` into the parameter, in place, so that the same
+code serves every backend (DDP buckets and optimizer references stay valid; a shard is projected like a
+whole). Before the optimizer step, and before a checkpoint, `restore` puts the latent back. Methods contribute
+functions under a key; they are applied in the order of `KEYS`, so a mask comes before a quantizer whoever was
+added first.
 
 Everything here is local: no collective.
 """
@@ -22,7 +23,8 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Projection:
-    """The latents of `model` and what the methods make of them. Tied parameters are one entry under any name."""
+    """The latents of `model` and what the methods make of them. Tied parameters are one entry under any
+    name."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -32,8 +34,8 @@ class Projection:
         self._latents: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, key: str, fn: Function) -> None:
-        """Let `fn(latent) -> compressed`, pure and of the latent's shape, act on parameter `name` from the next
-        `project` on. Replaces what stands under `key`."""
+        """Let `fn(latent) -> compressed`, pure and of the latent's shape, act on parameter `name` from the
+        next `project` on. Replaces what stands under `key`."""
         assert key in KEYS, f"unknown projection key {key!r}: one of {KEYS}"
         self._functions.setdefault(self.owner(name), {})[key] = fn
 
@@ -48,7 +50,8 @@ class Projection:
             del self._latents[name]
 
     def mask_grad(self, name: str, mask: torch.Tensor | None) -> None:
-        """Multiply the gradient of `name` by `mask` (bool, broadcastable) in `edit_gradients`; None: no more."""
+        """Multiply the gradient of `name` by `mask` (bool, broadcastable) in `edit_gradients`; None: no
+        more."""
         name = self.owner(name)
         if mask is None:
             self._grad_masks.pop(name, None)

@@ -29,7 +29,8 @@ _ROOT = "pruning.config_list"
 
 @dataclass
 class Align:
-    """The mask follows that of another parameter: alive where anything of `dims[0]`'s slice there is alive."""
+    """The mask follows that of another parameter: alive where anything of `dims[0]`'s slice there is
+    alive."""
 
     module_name: str
     target_name: str
@@ -50,7 +51,9 @@ class Setting:
     align: Align | None = None
     method: str = ""
     options: dict[str, Any] = field(default_factory=dict)
-    entries: dict[str, int] = field(default_factory=dict)  # key -> entry that set it; "" -> the last that matched
+    entries: dict[str, int] = field(
+        default_factory=dict
+    )  # key -> entry that set it; "" -> the last that matched
 
     def said_by(self, key: str) -> str:
         """Where the value of `key` comes from, for messages."""
@@ -69,7 +72,9 @@ def resolve(config: PruningConfig, model: nn.Module) -> list[Setting]:
     first = {id(module): name for name, module in modules.items()}
     names = {name: first[id(m)] for name, m in model.named_modules(remove_duplicate=False) if name}
     if not config.config_list:
-        raise UserError(f"{_ROOT} is empty: add an entry such as {{op_types: [Conv2d]}}, or set pruning.method=null.")
+        raise UserError(
+            f"{_ROOT} is empty: add an entry such as {{op_types: [Conv2d]}}, or set pruning.method=null."
+        )
     merged: dict[str, Setting] = {}
     for number, entry in enumerate(config.config_list):
         values = _check_entry(entry, number)
@@ -91,7 +96,8 @@ def _override(setting: Setting, values: dict[str, Any], number: int) -> None:
         if key in setting.entries:
             raise UserError(
                 f"{setting.module} is put in two groups: {setting.said_by(key)} and "
-                f"{_ROOT}[{number}].{key}={values[key]!r}. Exclude it from one entry, or set {key}: null there."
+                f"{_ROOT}[{number}].{key}={values[key]!r}. Exclude it from one entry, or set {key}: null "
+                "there."
             )
     if "method" in values and "options" not in values:
         values = {**values, "options": {}}
@@ -108,11 +114,15 @@ def _complete(setting: Setting, config: PruningConfig) -> None:
         asked = [key for key in ("sparse_ratio", "global_group_id") if key in setting.entries]
         if asked:
             said = " and ".join(setting.said_by(key) for key in asked)
-            raise UserError(f"{setting.module}: {said} contradict {setting.said_by('align')}: it follows that mask.")
+            raise UserError(
+                f"{setting.module}: {said} contradict {setting.said_by('align')}: it follows that mask."
+            )
         return
     if "sparse_ratio" not in setting.entries:
         if config.sparse_ratio is None:
-            raise UserError(f"{where} sets no sparse_ratio for {setting.module}, nor does pruning.sparse_ratio. Set one.")
+            raise UserError(
+                f"{where} sets no sparse_ratio for {setting.module}, nor does pruning.sparse_ratio. Set one."
+            )
         setting.sparse_ratio = _ratio(config.sparse_ratio, "pruning.sparse_ratio", below_one=True)
     if "method" not in setting.entries:
         if config.method is None:
@@ -122,7 +132,8 @@ def _complete(setting: Setting, config: PruningConfig) -> None:
     low, high = setting.min_sparse_ratio, setting.max_sparse_ratio
     if low > high:
         raise UserError(
-            f"{setting.module}: {setting.said_by('min_sparse_ratio')} is above {setting.said_by('max_sparse_ratio')}."
+            f"{setting.module}: {setting.said_by('min_sparse_ratio')} is above "
+            f"{setting.said_by('max_sparse_ratio')}."
         )
     if setting.global_group_id is None and not low <= setting.sparse_ratio <= high:
         raise UserError(
@@ -132,7 +143,8 @@ def _complete(setting: Setting, config: PruningConfig) -> None:
     if setting.granularity == "element":
         if setting.dependency_group_id not in (None, "auto"):
             raise UserError(
-                f"{setting.module}: {setting.said_by('granularity')} and {setting.said_by('dependency_group_id')} "
+                f"{setting.module}: {setting.said_by('granularity')} and "
+                f"{setting.said_by('dependency_group_id')} "
                 "exclude each other: only channels depend on each other."
             )
         setting.dependency_group_id = None
@@ -149,7 +161,8 @@ def _check_global_groups(settings: list[Setting]) -> None:
 
 
 def check_agree(a: Setting, b: Setting, keys: Iterable[str], group: str) -> None:
-    """Raise UserError naming both modules, entries and values unless the members of one group agree on `keys`."""
+    """Raise UserError naming both modules, entries and values unless the members of one group agree on
+    `keys`."""
     for key in keys:
         if getattr(a, key) != getattr(b, key):
             kind = f"{group}={getattr(a, group)!r}" if getattr(a, group) is not None else group
@@ -181,7 +194,9 @@ def _check_entry(entry: dict[str, Any], number: int) -> dict[str, Any]:
         if key in values:
             values[key] = _ratio(values[key], f"{where}.{key}", below_one=key != "max_sparse_ratio")
     if values.get("granularity", "element") not in GRANULARITIES:
-        raise UserError(f"{where}.granularity={values['granularity']!r}: allowed are {', '.join(GRANULARITIES)}.")
+        raise UserError(
+            f"{where}.granularity={values['granularity']!r}: allowed are {', '.join(GRANULARITIES)}."
+        )
     for key in ("global_group_id", "dependency_group_id"):
         if key in values:
             values[key] = None if values[key] in (None, "none") else str(values[key])
@@ -211,8 +226,11 @@ def _align(value: Any, key: str) -> Align:
     return Align(str(value["module_name"]), str(value["target_name"]), dims)
 
 
-def _select(entry: dict[str, Any], number: int, modules: dict[str, nn.Module], names: dict[str, str]) -> list[str]:
-    """The modules an entry is about: they have a weight of two or more dimensions, or any weight to be aligned."""
+def _select(
+    entry: dict[str, Any], number: int, modules: dict[str, nn.Module], names: dict[str, str]
+) -> list[str]:
+    """The modules an entry is about: they have a weight of two or more dimensions, or any weight to be
+    aligned."""
     where = f"{_ROOT}[{number}]"
     found = {key: _match(entry.get(key, []), key, where, modules, names) for key in (*SELECTORS, *EXCLUDES)}
     chosen = found["op_names"] | found["op_names_re"]
@@ -227,7 +245,8 @@ def _select(entry: dict[str, Any], number: int, modules: dict[str, nn.Module], n
     if unfit and (entry.get("op_types") or not entry.get("op_names_re") or not fit):
         kind = type(modules[unfit[0]]).__name__
         raise UserError(
-            f"{where} selects {unfit[0]} ({kind}), which has no weight of {least} or more dimensions to prune. "
+            f"{where} selects {unfit[0]} ({kind}), which has no weight of {least} or more dimensions to "
+            "prune. "
             f"Prunable types in this model: {', '.join(_prunable_types(modules, least))}."
         )
     if not fit:
@@ -251,7 +270,9 @@ def _match(
             except re.error as error:
                 raise UserError(f"{where}.{key}={value!r} is no regular expression: {error}.") from None
         if not hits:
-            raise UserError(f"{where}.{key}={value!r} matches no module; {_inventory(value, key, modules, names)}")
+            raise UserError(
+                f"{where}.{key}={value!r} matches no module; {_inventory(value, key, modules, names)}"
+            )
         found |= hits
     return found
 

@@ -1,7 +1,8 @@
-"""What a pruning method has to say: one number for each unit or element, higher = keep. Nothing about when or where.
+"""What a pruning method has to say: one number for each unit or element, higher = keep. Nothing about when or
+where.
 
-A method file holds a dataclass `Options` and one subclass of `Metric`; the pruner does the rest: selection, masks,
-schedules, ranks.
+A method file holds a dataclass `Options` and one subclass of `Metric`; the pruner does the rest:
+selection, masks, schedules, ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class View:
     num_units: int
     scored: tuple[Member, ...]  # the weight slices that belong to the targets
     latent: Callable[[str], torch.Tensor]  # parameter by name, uncompressed
-    statistic: torch.Tensor | None = None  # float64 [num_units]: mean of `gate_statistic` since the last decision
+    statistic: torch.Tensor | None = (
+        None  # float64 [num_units]: mean of `gate_statistic` since the last decision
+    )
 
     def weights(self) -> list[torch.Tensor]:
         """For each scored weight, [num_units, elements of a unit]: its slices, flattened."""
@@ -35,7 +38,8 @@ class View:
 
 
 class Metric:
-    """The base of every metric. Scores are local: each unit set is scored by one rank, elements by their owner."""
+    """The base of every metric. Scores are local: each unit set is scored by one rank, elements by their
+    owner."""
 
     data_driven = False  # True: gradients are wanted, and at least one step before the first decision
 
@@ -43,7 +47,8 @@ class Metric:
         self.options = options
 
     def gate_statistic(self, gate: torch.Tensor) -> torch.Tensor:
-        """What one micro-batch adds to the statistic: float64 [num_units] from dL/dgate, float64 [num_units]."""
+        """What one micro-batch adds to the statistic: float64 [num_units] from dL/dgate, float64
+        [num_units]."""
         raise NotImplementedError
 
     def unit_scores(self, view: View) -> torch.Tensor:
@@ -66,7 +71,9 @@ def build_metric(name: str, options: dict[str, Any], key: str) -> Metric:
     module = method.load("pruning", f"{key}.method", name)
     kind = _metric_class(module, f"{key}.method={name!r}")
     if not hasattr(module, "Options"):
-        raise UserError(f"{key}.method={name!r}: {module.__name__} has no dataclass `Options`. Add one, empty if need be.")
+        raise UserError(
+            f"{key}.method={name!r}: {module.__name__} has no dataclass `Options`. Add one, empty if need be."
+        )
     return kind(merge(module.Options, options, f"{key}.options"))
 
 

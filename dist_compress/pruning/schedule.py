@@ -1,8 +1,9 @@
 """When a pruner decides, and how much of the ratio it then spends.
 
-A decision "at t" is taken after t optimizer steps. `linear` spends an equal share at each decision; `agp` follows
-Zhu & Gupta 2017 (arXiv:1710.01878), s = s_final (1 - (1 - p)^3); a dotted path names the user's own f(p). The last
-decision always spends everything, also when the run is so short that decisions fall on the same step.
+A decision "at t" is taken after t optimizer steps. `linear` spends an equal share at each decision; `agp`
+follows Zhu & Gupta 2017 (arXiv:1710.01878), s = s_final (1 - (1 - p)^3); a dotted path names the user's
+own f(p). The last decision always spends everything, also when the run is so short that decisions fall on
+the same step.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ def decisions(
 ) -> dict[int, float]:
     """{t: fraction of the ratio in [0, 1]}, t ascending, the last fraction exactly 1.
 
-    `num_decisions` are evenly spaced from start to end, the only one of a single decision lies at the later of both.
-    `data_driven` names a method that needs gradients: its first decision needs a step before it.
+    `num_decisions` are evenly spaced from start to end, the only one of a single decision lies at the
+    later of both. `data_driven` names a method that needs gradients: its first decision needs a step
+    before it.
     """
     start, end = (
         duration(value, f"{_KEY}.{key}", total_steps, steps_per_epoch)
@@ -40,18 +42,24 @@ def decisions(
     if number < 1:
         raise UserError(f"{_KEY}.num_decisions={number}: at least 1 decision is needed.")
     if schedule.name == "one_shot" and number != 1:
-        raise UserError(f"{_KEY}.num_decisions={number}: one_shot decides once. Set it to 1, or name=linear or agp.")
+        raise UserError(
+            f"{_KEY}.num_decisions={number}: one_shot decides once. Set it to 1, or name=linear or agp."
+        )
     if number > 1 and end < start:
-        raise UserError(f"{_KEY}.end={schedule.end} (step {end}) lies before start={schedule.start} (step {start}).")
+        raise UserError(
+            f"{_KEY}.end={schedule.end} (step {end}) lies before start={schedule.start} (step {start})."
+        )
     if max(start, end) > total_steps:
         raise UserError(
             f"{_KEY}: the last decision lies at step {max(start, end)}, but the run has {total_steps}. "
             "Lower start and end, or give them as fractions of the run."
         )
     curve = _curve(schedule.name)
-    times = [max(start, end)] if number == 1 else [
-        start + round(Fraction((end - start) * i, number - 1)) for i in range(number)
-    ]
+    times = (
+        [max(start, end)]
+        if number == 1
+        else [start + round(Fraction((end - start) * i, number - 1)) for i in range(number)]
+    )
     plan = {t: _fraction(curve, schedule.name, (i + 1) / number) for i, t in enumerate(times)}
     plan[times[-1]] = 1.0
     if sorted(plan.values()) != list(plan.values()):
@@ -59,15 +67,20 @@ def decisions(
     return _leave_a_step(plan, schedule, total_steps, data_driven)
 
 
-def _leave_a_step(plan: dict[int, float], schedule: ScheduleConfig, total_steps: int, method: str) -> dict[int, float]:
-    """A start that rounds to step 0 in a short run means step 1 for a method that needs gradients; 0 itself is refused."""
+def _leave_a_step(
+    plan: dict[int, float], schedule: ScheduleConfig, total_steps: int, method: str
+) -> dict[int, float]:
+    """A start that rounds to step 0 in a short run means step 1 for a method that needs gradients; 0
+    itself is refused."""
     if not method or 0 not in plan:
         return plan
     given = [schedule.start] if schedule.num_decisions > 1 else [schedule.start, schedule.end]
     if total_steps == 0 or not any(re.search("[1-9]", str(value)) for value in given):
         raise UserError(
-            f"{_KEY}.start={schedule.start}: the first decision would come before the first optimizer step, but "
-            f"{method} scores by gradients. Leave it at least one step, e.g. {_KEY}.start=1steps (and end no earlier)."
+            f"{_KEY}.start={schedule.start}: the first decision would come before the first optimizer step, "
+            "but "
+            f"{method} scores by gradients. Leave it at least one step, e.g. {_KEY}.start=1steps (and end "
+            "no earlier)."
         )
     fraction = plan.pop(0)
     return dict(sorted({1: fraction, **plan}.items()))
@@ -80,10 +93,14 @@ def _curve(name: str) -> Callable[[float], float]:
     try:
         curve = getattr(importlib.import_module(module), function) if module else None
     except (ImportError, AttributeError) as error:
-        raise UserError(f"{_KEY}.name={name!r}: {error}. Allowed: {', '.join(_CURVES)}, or pkg.module.f.") from None
-    if not callable(curve):
-        raise UserError(f"{_KEY}.name={name!r}: no such schedule. Allowed: {', '.join(_CURVES)}, or pkg.module.f.")
-    return curve
+        raise UserError(
+            f"{_KEY}.name={name!r}: {error}. Allowed: {', '.join(_CURVES)}, or pkg.module.f."
+        ) from None
+    if curve is None or not callable(curve):
+        raise UserError(
+            f"{_KEY}.name={name!r}: no such schedule. Allowed: {', '.join(_CURVES)}, or pkg.module.f."
+        )
+    return curve  # type: ignore[return-value]
 
 
 def _fraction(curve: Callable[[float], float], name: str, progress: float) -> float:

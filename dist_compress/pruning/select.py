@@ -4,9 +4,10 @@ The order of all elements of a group is strict and free of the world size: ascen
 
     (score bits, 15 hash bits of the global index, global index)
 
-Radix select walks this order digit by digit (11 + 11 + 10 bits of the float pattern, then 11 a time of the tie
-key). A pass costs one int64 histogram all-reduce for all queries together; sums of integers have no order, so the
-result has equal bits at any number of ranks. It ends as soon as a bin is used up exactly, usually within 3 passes.
+Radix select walks this order digit by digit (11 + 11 + 10 bits of the float pattern, then 11 a time of the
+tie key). A pass costs one int64 histogram all-reduce for all queries together; sums of integers have no
+order, so the result has equal bits at any number of ranks. It ends as soon as a bin is used up exactly,
+usually within 3 passes.
 
 -inf: removed already, stays removed and counts. +inf: never removed. NaN: refused by module name.
 """
@@ -46,7 +47,9 @@ class Group:
     target: int  # remove the shortest prefix with at least this cost
     modules: Sequence[str]
     shards: Sequence[Shard]  # any order, any number of a module
-    bounds: dict[str, tuple[int, int]] = field(default_factory=dict)  # module -> fewest, most elements removed
+    bounds: dict[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # module -> fewest, most elements removed
 
 
 @dataclass
@@ -90,7 +93,8 @@ def mix64(x: torch.Tensor) -> torch.Tensor:
 
 
 def tie_key(index: torch.Tensor, index_bits: int = 48) -> torch.Tensor:
-    """Global index int64 [n] -> 15 hash bits above the index: equal scores go all over the model, not from its start."""
+    """Global index int64 [n] -> 15 hash bits above the index: equal scores go all over the model, not from
+    its start."""
     return ((mix64(index) & (2**HASH_BITS - 1)) << index_bits) | index
 
 
@@ -111,7 +115,8 @@ def select(groups: Sequence[Group], digits: Sequence[int] = SCORE_DIGITS) -> lis
         free, removed = sum(m.cost_free for m in modules), sum(m.cost_removed for m in modules)
         if group.target > free or (group.bounds and group.target < removed):
             raise UserError(
-                f"{group.name}: a cost of {group.target} of {sum(m.cost for m in modules)} is to be removed, but "
+                f"{group.name}: a cost of {group.target} of {sum(m.cost for m in modules)} is to be "
+                "removed, but "
                 f"min_sparse_ratio and max_sparse_ratio allow {removed} to {free} only. Change one of them."
             )
         queries.append(_query(max(group.target, removed), group.shards, group_keys))
@@ -140,14 +145,18 @@ def _take_census(groups: Sequence[Group], keys: list[list[torch.Tensor]]) -> lis
         census[g].append(_Census(*row))
         if row[0]:
             raise UserError(
-                f"{groups[g].name}: {row[0]} pruning scores of {module} are NaN. Its weights or gradients have "
+                f"{groups[g].name}: {row[0]} pruning scores of {module} are NaN. Its weights or gradients "
+                "have "
                 "diverged; lower optim.lr or prune later."
             )
     return census
 
 
 def _apply_bounds(
-    groups: Sequence[Group], keys: list[list[torch.Tensor]], census: list[list[_Census]], digits: Sequence[int]
+    groups: Sequence[Group],
+    keys: list[list[torch.Tensor]],
+    census: list[list[_Census]],
+    digits: Sequence[int],
 ) -> list[list[torch.Tensor]]:
     """Keys in which the elements a module must lose are -inf and those it must keep +inf. Collective.
 
@@ -221,8 +230,11 @@ def _radix(queries: list[_Query], digits: Sequence[int]) -> None:
             q.limit = (q.limit[0], ((last >> index_bits) << 48) | (last & (2**index_bits - 1)))
 
 
-def _descend(queries: list[_Query], digits: list[torch.Tensor], bits: int, last: bool = False) -> list[_Query]:
-    """One digit: `digits[q]` are those of the alive. Returns the queries it settles; `last` settles all. Collective."""
+def _descend(
+    queries: list[_Query], digits: list[torch.Tensor], bits: int, last: bool = False
+) -> list[_Query]:
+    """One digit: `digits[q]` are those of the alive. Returns the queries it settles; `last` settles all.
+    Collective."""
     histogram = torch.stack([_histogram(q, d, 2**bits) for q, d in zip(queries, digits, strict=True)])
     comm.all_reduce(histogram)
     sums = histogram.cumsum(1)

@@ -1,8 +1,9 @@
 """First-order Taylor importance at the unit's gate (Molchanov et al. 2019, arXiv:1906.10771).
 
-A gate z = 1 on a unit's output has dL/dz = gamma * dL/dgamma + beta * dL/dbeta behind a norm, and
-sum(w * dL/dw) + b * dL/db where no norm follows. The importance is the mean over micro-batches of (dL/dz)^2, the
-estimated loss change squared. Never sum(w * dL/dw) of a weight that a batch norm follows: it is zero by scale invariance.
+A gate z = 1 on a unit's output has dL/dz = gamma * dL/dgamma + beta * dL/dbeta behind a norm, and sum(w *
+dL/dw) + b * dL/db where no norm follows. The importance is the mean over micro-batches of (dL/dz)^2, the
+estimated loss change squared. Never sum(w * dL/dw) of a weight that a batch norm follows: it is zero by
+scale invariance.
 """
 
 from __future__ import annotations

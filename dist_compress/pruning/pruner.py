@@ -1,0 +1,298 @@
+"""The pruner: asks metrics for scores when the schedule says so, selects, and keeps the masks on.
+
+A decision is collective and takes place between optimizer step and projection, on latent weights. The
+owner of a unit set (set g: rank g mod N) scores it in float64; one all-reduce of one flat buffer hands all
+scores to all ranks, which then spend the ratio by the same integer arithmetic. What was removed stays
+removed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dist_compress import comm
+from dist_compress.config import Config
+from dist_compress.errors import UserError
+from dist_compress.method import Context, Method
+from dist_compress.pruning import mask as masking
+from dist_compress.pruning import results
+from dist_compress.pruning.config_list import Setting, resolve
+from dist_compress.pruning.elements import Elements, keep_gradients
+from dist_compress.pruning.gates import Gates
+from dist_compress.pruning.metric import Metric, View, build_metric
+from dist_compress.pruning.schedule import decisions
+from dist_compress.pruning.sparsity import Budget, Ranked, budget, share
+from dist_compress.pruning.units import collect
+
+Masks = dict[str, torch.Tensor]
+
+
+def build(config: Config) -> list[Method]:
+    """The pruner of the run, if any: all entries of the config list, whatever their methods."""
+    wanted = config.pruning.method is not None or any(
+        isinstance(entry, dict) and entry.get("method") is not None for entry in config.pruning.config_list
+    )
+    return [Pruner(config)] if wanted else []
+
+
+class Pruner(Method):
+    """Targets by `pruning.config_list`; at each decision `removed` and the masks grow."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config.pruning
+        self.history: list[
+            tuple[int, float, str]
+        ] = []  # (optimizer steps taken, sparse ratio so far, fingerprint)
+        self.frozen: Masks | None = None  # the masks of a model that was shrunk since
+
+    def attach(self, context: Context) -> None:
+        """Collect targets and check that they can be met. Local, the same on every rank. Raises UserError."""
+        self.context, model = context, context.model
+        self.settings = resolve(self.config, model)
+        self.scorers = _scorers(self.settings)
+        self.sets, self.kept = collect(self.settings, context.coupling, model)
+        self.elements = Elements(self.settings, model, context.coupling, self.config.compute)
+        if not self.sets and not self.elements.groups:
+            reasons = "; ".join(f"{k.module}: {k.reason}" for k in self.kept[:10])
+            raise UserError(
+                f"pruning.config_list: no target can be pruned. {reasons}. Add what they are coupled with."
+            )
+        self.removed = [torch.zeros(s.num_units, dtype=torch.bool) for s in self.sets]
+        self.budgets = self._budgets()
+        for group in self.budgets.values():
+            group.target(1.0)
+        masking.check_aligned(model, self.settings, self.masks())
+        driven = [s for s in self.settings if not s.align and self.scorers[s.module].data_driven]
+        self.schedule = decisions(
+            self.config.schedule,
+            context.total_steps,
+            context.steps_per_epoch,
+            driven[0].method if driven else "",
+        )
+        self.driven = [i for i, s in enumerate(self.sets) if self.scorers[s.targets[0]].data_driven]
+        self.gates: Gates | None = None
+        if self.driven:
+            used = [self.scorers[self.sets[i].targets[0]] for i in self.driven]
+            self.gates = Gates(model, [self.sets[i] for i in self.driven], used, context.num_micro)
+        self.grads: Masks = {}
+
+    def _budgets(self) -> dict[str, Budget]:
+        """One for each global group of channels."""
+        budgets = {}
+        for gid in dict.fromkeys(
+            s.setting.global_group_id for s in self.sets if s.setting.global_group_id is not None
+        ):
+            sets = [s for s in self.sets if s.setting.global_group_id == gid]
+            modules = [s.module for s in self.settings if s.global_group_id == gid and not s.align]
+            context = self.context
+            budgets[gid] = budget(gid, sets, self.config.compute, context.coupling, context.model, modules)
+        return budgets
+
+    def change_steps(self) -> list[int]:
+        return [t - 1 for t in self.schedule]
+
+    def loss(self, step: int, batch: dict[str, Any], output: Any) -> None:
+        """A new round begins: what a dummy round left behind is dropped."""
+        if self.gates is not None:
+            self.gates.forget()
+
+    def after_backward(self, step: int, micro: int) -> None:
+        if self.gates is not None and self.gates.active:
+            self.gates.add(micro)
+
+    def before_step(self, step: int) -> None:
+        if self.frozen is None and step + 1 in self.schedule and self.elements.groups:
+            self.grads = keep_gradients(self.elements, self.context.model)
+
+    def after_step(self, step: int) -> None:
+        if self.frozen is None and step + 1 in self.schedule:
+            self.decide(step + 1)
+
+    def decide(self, t: int) -> None:
+        """Spend the share of the ratio due after `t` optimizer steps. Collective."""
+        fraction = self.schedule[t]
+        if self.sets:
+            self._decide_units(fraction)
+        if self.elements.groups:
+            self.elements.decide(fraction, self.scorers, self.context.projection.latent, self.grads)
+            self.grads = {}
+        if self.gates is not None:
+            self.gates.statistic.reset()
+            self._close_gates_after(t)
+        mark = self._put_on(t)
+        self.history.append((t, self.sparse_ratio(), mark))
+
+    def _decide_units(self, fraction: float) -> None:
+        scores = self._unit_scores()
+        bases = [0]
+        for s in self.sets:
+            bases.append(bases[-1] + s.num_units)
+        ranked = [Ranked.of(*item) for item in zip(scores, self.removed, bases, strict=False)]
+        for i, (s, units) in enumerate(zip(self.sets, ranked, strict=True)):
+            if s.setting.global_group_id is None:
+                count = int(share(s.setting.sparse_ratio, fraction) * s.num_units)
+                self.removed[i] = torch.from_numpy(units.first(count))
+        for gid, group in self.budgets.items():
+            members = [i for i, s in enumerate(self.sets) if s.setting.global_group_id == gid]
+            for i, removed in zip(members, group.spend([ranked[i] for i in members], fraction), strict=True):
+                self.removed[i] = torch.from_numpy(removed)
+
+    def _unit_scores(self) -> list[torch.Tensor]:
+        """float32 [num_units] of each set, on the CPU, the same on every rank. Collective."""
+        means = dict(zip(self.driven, self.gates.means(), strict=True)) if self.gates is not None else {}
+        sizes = [s.num_units for s in self.sets]
+        device = next(self.context.model.parameters()).device
+        flat = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        for i, (s, out) in enumerate(zip(self.sets, flat.split(sizes), strict=True)):
+            if i % comm.world_size() == comm.rank():
+                view = View(s.num_units, s.scored, self.context.projection.latent, means.get(i))
+                out.copy_(self.scorers[s.targets[0]].unit_scores(view))
+        scores = comm.all_reduce(flat).float().cpu().split(sizes)
+        for s, values in zip(self.sets, scores, strict=True):
+            if values.isnan().any():
+                raise UserError(
+                    f"{s.name}: {int(values.isnan().sum())} pruning scores ({s.setting.said_by('method')}) "
+                    "are NaN. Its "
+                    "weights or gradients have diverged; lower optim.lr or prune later."
+                )
+        return list(scores)
+
+    def masks(self) -> Masks:
+        """{parameter: bool, True = keep, broadcastable to it} of every parameter that may be masked."""
+        if self.frozen is not None:
+            return self.frozen
+        model = self.context.model
+        masks = masking.unit_masks(model, self.sets, self.removed)
+        for name, own in self.elements.masks(model).items():
+            masks[name] = masks[name] & own if name in masks else own
+        masking.align(model, self.settings, masks)
+        return masks
+
+    def _put_on(self, step: int) -> str:
+        """Hand the masks to the projection. Returns their fingerprint, equal on all ranks. Collective."""
+        masks, projection = self.masks(), self.context.projection
+        for name, mask in masks.items():
+            if not bool(mask.all()):
+                projection.add(name, "mask", _zeroing(~mask))
+                projection.mask_grad(name, mask)
+        mark = masking.fingerprint(self.context.model, masks)
+        comm.check_equal("pruning masks", mark, step)
+        return mark
+
+    def detach(self) -> None:
+        """Zero the masked weights for good, in the latent too; leave projection and hooks. No decision
+        follows."""
+        projection, model = self.context.projection, self.context.model
+        masks = self.masks()
+        with torch.no_grad():
+            for name, mask in masks.items():
+                projection.latent(name).masked_fill_(~mask, 0)
+                projection.remove(name, "mask")
+                projection.mask_grad(name, None)
+        self.frozen = {name: mask.expand(model.get_parameter(name).shape) for name, mask in masks.items()}
+        if self.gates is not None:
+            self.gates.close()
+
+    def rebase(self, transform: Callable[[Masks], Masks]) -> None:
+        """What stayed in the shrunk model masked (single weights, units that could not be removed) stays
+        masked from here on. Between `detach` and the next step. Collective."""
+        assert self.frozen is not None, "detach before a shrink"
+        self.frozen = transform({name: mask.contiguous() for name, mask in self.frozen.items()})
+        self._put_on(self.history[-1][0] if self.history else 0)
+
+    def sparse_ratio(self) -> float:
+        """Units and single weights removed, as a fraction of all that are free to go."""
+        removed = [*self.removed, *self.elements.removed.values()]
+        return sum(int(r.sum()) for r in removed) / sum(len(r) for r in removed)
+
+    def metrics(self) -> dict[str, float]:
+        """`fingerprint/masks` is cut to its low 52 bits here, which a float holds; `results` has all 64."""
+        if not self.history:
+            return {"pruning/sparse_ratio": 0.0}
+        _, ratio, mark = self.history[-1]
+        return {"pruning/sparse_ratio": ratio, "fingerprint/masks": float(int(mark, 16) % 2**52)}
+
+    def results(self) -> dict[str, Any]:
+        """`fingerprint/masks`; `decisions` [{step, ratio, fingerprint}]; `groups` [{name, asked, given,
+        reason}] in the currency of each group; `asked_but_kept` [{name, asked, given, reason}], targets
+        left whole."""
+        return {
+            "fingerprint/masks": self.history[-1][2] if self.history else "",
+            "decisions": [
+                {"step": t, "ratio": ratio, "fingerprint": mark} for t, ratio, mark in self.history
+            ],
+            "groups": results.groups(self.sets, self.removed, self.budgets, self.elements),
+            "asked_but_kept": results.asked_but_kept(self.kept, self.settings),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Collective. The keys do not change over a run but for `masks`, which replaces decisions after a
+        shrink."""
+        history = json.dumps(self.history)
+        if self.frozen is not None:
+            return {"masks": dict(self.frozen), "history": history}
+        none = torch.zeros(0, dtype=torch.bool)
+        return {
+            "units": torch.cat([none, *self.removed]),
+            "elements": dict(self.elements.removed),
+            "statistic": self.gates.statistic.state_dict() if self.gates is not None else {},
+            "history": history,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Collective. Raises UserError when the state belongs to other targets."""
+        self.history = [tuple(item) for item in json.loads(state["history"])]
+        if "masks" in state:
+            assert self.frozen is not None, "a shrunk state goes to a pruner that was rebased"
+            self.frozen = {name: state["masks"][name].to(mask.device) for name, mask in self.frozen.items()}
+            self._put_on(self.history[-1][0])
+            return
+        elements = {name: state["elements"].get(name) for name in self.elements.removed}
+        known = state["units"].numel() == sum(len(r) for r in self.removed)
+        if not known or any(
+            e is None or e.shape != self.elements.removed[n].shape for n, e in elements.items()
+        ):
+            raise UserError(
+                "The checkpoint was written with another pruning.config_list or model. Resume with the "
+                "config that lies "
+                "in the run folder, or start anew with another run_dir."
+            )
+        self.removed = list(state["units"].cpu().split([len(r) for r in self.removed]))
+        self.elements.removed = {n: e.to(self.elements.removed[n].device) for n, e in elements.items()}
+        if self.gates is not None:
+            self.gates.statistic.load_state_dict(state["statistic"])
+        if self.history:
+            t, _, mark = self.history[-1]
+            self._close_gates_after(t)
+            if self._put_on(t) != mark:
+                raise RuntimeError(
+                    f"The masks of the checkpoint (decided at step {t}) do not have its fingerprint {mark}."
+                )
+
+    def _close_gates_after(self, t: int) -> None:
+        if self.gates is not None and t == max(self.schedule):
+            self.gates.close()
+
+
+def _zeroing(gone: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda latent: latent.masked_fill(gone, 0)
+
+
+def _scorers(settings: list[Setting]) -> dict[str, Metric]:
+    """The metric of each target; one for each method with its options."""
+    built: dict[str, Metric] = {}
+    scorers = {}
+    for setting in settings:
+        if setting.align is not None:
+            continue
+        name = json.dumps([setting.method, setting.options], sort_keys=True, default=str)
+        if name not in built:
+            entry = setting.entries.get("method")
+            where = "pruning" if entry is None else f"pruning.config_list[{entry}]"
+            built[name] = build_metric(setting.method, setting.options, where)
+        scorers[setting.module] = built[name]
+    return scorers

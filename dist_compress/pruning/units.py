@@ -1,0 +1,224 @@
+"""From targets to sets of units: what is decided together, what scores it, what is zeroed with it.
+
+With `dependency_group_id: auto` the sets are those of the trace: a set of coupled channels can go only
+when everything that makes them is a target, and it then goes everywhere, from the producers' rows and
+biases and from the norm's affine (a pruned unit is zero behind its norm). Depthwise convolutions pass
+channels on, so they follow. With an id of the user's own the members share one mask by index; with none a
+module stands alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_compress.errors import UserError
+from dist_compress.pruning.config_list import Setting, check_agree
+from dist_compress.target import Coupling, Member, UnitGroup
+
+_AGREE = (
+    "sparse_ratio",
+    "min_sparse_ratio",
+    "max_sparse_ratio",
+    "global_group_id",
+    "granularity",
+    "method",
+    "options",
+)
+_OUT_DIM_1 = (
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "Embedding",
+    "Conv1D",
+)  # the last: transformers'
+
+
+@dataclass(frozen=True)
+class UnitSet:
+    """Units that one decision removes one by one, in model order; the same on every rank."""
+
+    name: str
+    num_units: int
+    members: tuple[Member, ...]  # everything that is smaller without a unit
+    scored: tuple[Member, ...]  # weights of the targets
+    masked: tuple[Member, ...]  # all that is zero once a unit is gone
+    gates: tuple[Member, ...]  # parameters whose gradient times value, summed, is dL/dgate
+    targets: tuple[str, ...]
+    setting: Setting
+    coupled: int | None  # index of the coupling's group; None: a set of the user's, not removable as a whole
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A target that was asked for but is left whole."""
+
+    module: str
+    reason: str
+
+
+def collect(
+    settings: list[Setting], coupling: Coupling, model: nn.Module
+) -> tuple[list[UnitSet], list[Kept]]:
+    """The unit sets of all channel targets, and the targets that cannot be pruned. Raises UserError."""
+    targets = {s.module: s for s in settings if not s.align and s.granularity != "element"}
+    sets, kept = [], []
+    for role, granularity in (("producer", "out_channel"), ("consumer", "in_channel")):
+        coupled = {
+            name: s
+            for name, s in targets.items()
+            if s.granularity == granularity and s.dependency_group_id == "auto"
+        }
+        for index, group in enumerate(coupling.groups):
+            found = _coupled_set(index, group, role, coupled, model)
+            if isinstance(found, UnitSet):
+                sets.append(found)
+            else:
+                kept.extend(found)
+        seen = {name for s in sets for name in s.targets} | {k.module for k in kept}
+        kept += [
+            Kept(name, "the trace shows no channels of it that could be removed")
+            for name in coupled.keys() - seen
+        ]
+    own: dict[str, list[Setting]] = {}
+    for name, setting in targets.items():
+        if setting.dependency_group_id != "auto":
+            own.setdefault(setting.dependency_group_id or f"\0{name}", []).append(setting)
+    sets += [_own_set(members, coupling, model) for members in own.values()]
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    sets.sort(key=lambda s: min(order[name] for name in s.targets))
+    kept.sort(key=lambda k: order[k.module])
+    return sets, kept
+
+
+def _coupled_set(
+    index: int, group: UnitGroup, role: str, targets: dict[str, Setting], model: nn.Module
+) -> UnitSet | list[Kept]:
+    """The set of a group of the trace, or why its targets are kept (nothing when it has none)."""
+    modules = list(dict.fromkeys(m.module for m in group.members if m.role == role))
+    chosen = [targets[name] for name in modules if name in targets]
+    if not chosen:
+        return []
+    for setting in chosen[1:]:
+        check_agree(chosen[0], setting, _AGREE, "dependency_group_id")
+    missing = [name for name in modules if name not in targets and not _is_depthwise(model, name)]
+    if group.blocked or missing:
+        reason = group.blocked or f"coupled with {', '.join(missing)}, which is not a target"
+        return [Kept(setting.module, reason) for setting in chosen]
+    names = tuple(setting.module for setting in chosen)
+    scored = tuple(
+        m
+        for m in group.members
+        if m.role == role and m.module in names and model.get_parameter(m.fqn).dim() > 1
+    )
+    masked = tuple(m for m in group.members if m.role in ("producer", "affine", role))
+    gates = _gates(group)
+    return UnitSet(group.name, group.num_units, group.members, scored, masked, gates, names, chosen[0], index)
+
+
+def _own_set(members: list[Setting], coupling: Coupling, model: nn.Module) -> UnitSet:
+    """Targets that share a mask because the user says so, or one that stands alone."""
+    head = members[0]
+    scored: list[Member] = []
+    masked: list[Member] = []
+    gates: list[Member] = []
+    for setting in members:
+        check_agree(head, setting, _AGREE, "dependency_group_id")
+        weight = _weight_member(model, setting)
+        if len(weight.index) != len((scored or [weight])[0].index):
+            raise UserError(
+                f"dependency_group_id={head.dependency_group_id!r}: {head.module} has "
+                f"{len(scored[0].index)} units and "
+                f"{setting.module} has {len(weight.index)}. Members share one mask, so their sizes must be "
+                "equal."
+            )
+        scored.append(weight)
+        masked.append(weight)
+        if setting.granularity == "in_channel":
+            gates.append(weight)
+            continue
+        bias = [Member(f"{setting.module}.bias", 0, weight.index, "producer")]
+        bias = bias if getattr(model.get_submodule(setting.module), "bias", None) is not None else []
+        norm = following_norm(setting.module, weight.index, coupling)
+        masked += bias + norm
+        gates += norm or [weight, *bias]
+    names = tuple(s.module for s in members)
+    name = head.module if len(members) == 1 else str(head.dependency_group_id)
+    return UnitSet(
+        name,
+        len(scored[0].index),
+        tuple(masked),
+        tuple(scored),
+        tuple(masked),
+        tuple(gates),
+        names,
+        head,
+        None,
+    )
+
+
+def _weight_member(model: nn.Module, setting: Setting) -> Member:
+    """The weight of a module on its own, a unit for each index of its channel dimension."""
+    module = model.get_submodule(setting.module)
+    kind = type(module).__name__
+    dim = int(kind in _OUT_DIM_1)
+    if kind.startswith("ConvTranspose") and getattr(module, "groups", 1) > 1:
+        raise UserError(
+            f"{setting.module}: {setting.said_by('granularity')} with "
+            f"{setting.said_by('dependency_group_id')} is not "
+            f"defined for a {kind} with groups. Use dependency_group_id: auto."
+        )
+    dim = 1 - dim if setting.granularity == "in_channel" else dim
+    size = model.get_parameter(f"{setting.module}.weight").shape[dim]
+    role = "consumer" if setting.granularity == "in_channel" else "producer"
+    return Member(f"{setting.module}.weight", dim, torch.arange(size)[:, None], role)
+
+
+def following_norm(module: str, rows: torch.Tensor, coupling: Coupling) -> list[Member]:
+    """The affine of the norm behind a module, by its output rows int64 [n, 1]; none unless it covers each
+    row once."""
+    found: dict[tuple[str, int], dict[int, int]] = {}
+    for group in coupling.groups:
+        after = affine_after(group).get(module, [])
+        weight = next((m for m in group.members if m.module == module and m.role == "producer"), None)
+        for affine in after:
+            if weight is not None and weight.index.shape == affine.index.shape:
+                pairs = zip(weight.index.flatten().tolist(), affine.index.flatten().tolist(), strict=True)
+                found.setdefault((affine.fqn, affine.dim), {}).update(pairs)
+    wanted = rows.flatten().tolist()
+    return [
+        Member(fqn, dim, torch.tensor([[index[row]] for row in wanted]), "affine")
+        for (fqn, dim), index in found.items()
+        if all(row in index for row in wanted)
+    ]
+
+
+def affine_after(group: UnitGroup) -> dict[str, list[Member]]:
+    """Affine members by the producer they follow: members come in the order in which the model runs them."""
+    after: dict[str, list[Member]] = {}
+    producer = ""
+    for member in group.members:
+        if member.role == "producer":
+            producer = member.module
+        elif member.role == "affine":
+            after.setdefault(producer, []).append(member)
+    return after
+
+
+def _gates(group: UnitGroup) -> tuple[Member, ...]:
+    """Every affine, and weight and bias of the producers that no norm follows directly.
+
+    (Were such a producer followed by a norm after all, its sum(w * dL/dw) would be zero and do no harm.)
+    """
+    followed = affine_after(group)
+    return tuple(
+        m for m in group.members if m.role == "affine" or (m.role == "producer" and m.module not in followed)
+    )
+
+
+def _is_depthwise(model: nn.Module, name: str) -> bool:
+    module: Any = model.get_submodule(name)
+    return getattr(module, "groups", 1) > 1 and module.groups == getattr(module, "in_channels", 0)
