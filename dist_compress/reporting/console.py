@@ -39,49 +39,42 @@ def clock(seconds: float) -> str:
 class ProgressLine:
     """Where the run stands: step, rate, loss, learning rate, sparsity, time left. Rank 0 only."""
 
-    def __init__(self, total_steps: int, samples_per_step: int, out: Console | None = None) -> None:
+    def __init__(self, total_steps: int, out: Console | None = None) -> None:
+        self.total = total_steps
         self._out = out or console()
-        self._total = total_steps
-        self._samples = samples_per_step
         self._shown: dict[str, float] = {}
-        self._origin: tuple[int, float] | None = None  # first step seen and when: the base of rate and ETA
+        self._origin: tuple[int, float] | None = None  # first step seen and when: the base of the ETA
         self._printed = float("-inf")
         self._lifted: list[tuple[Any, Any]] = []  # (stream, its terminal) that now prints above the bar
-        self._bar = self._start_bar() if self._out.is_terminal else None
-        self._task = self._bar.add_task("", total=total_steps, status="") if self._bar else None
+        self._bar: Progress | None = None
 
     def update(self, step: int, values: dict[str, float]) -> None:
-        """Show what was measured after `step` (counted from 0). Series it does not know are not shown."""
+        """Show what was measured when `step` steps were done. Series it does not know are not shown."""
         now = time.monotonic()
-        done = step + 1
         if self._origin is None:
-            self._origin = (done, now)
-        for name, value in values.items():
-            short = _SHOWN.get(name)
-            if short:
-                self._shown[short] = value
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, status=self._status(done, now))
-        elif now - self._printed >= _LINE_EVERY_S or (done >= self._total and "loss" in self._shown):
+            self._origin = (step, now)
+        self._shown |= {name: values[name] for name in _SHOWN if name in values}
+        if self._out.is_terminal:
+            self._bar = self._bar or self._start_bar()
+            self._bar.update(self._bar.task_ids[0], completed=step, status=self._status(step, now))
+        elif now - self._printed >= _LINE_EVERY_S or step >= self.total:
             self._printed = now
-            self._out.print(Text(f"step {done}/{self._total}  {self._status(done, now)}"))
+            self._out.print(Text(f"step {step}/{self.total}  {self._status(step, now)}"))
 
     def close(self) -> None:
         """Leave the last state of the bar on the screen. Safe to call twice."""
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
         for stream, terminal in self._lifted:
             stream.terminal = terminal
         self._lifted = []
 
-    def _status(self, done: int, now: float) -> str:
-        parts = [f"{name} {_FORMATS[name](value)}" for name, value in self._shown.items()]
-        first, since = self._origin or (done, now)
-        if done > first and now > since:
-            per_second = (done - first) / (now - since)
-            if done < self._total:
-                parts.append(f"ETA {clock((self._total - done) / per_second)}")
-            parts.append(f"{figures.count(per_second * self._samples)} samples/s")
+    def _status(self, step: int, now: float) -> str:
+        parts = [_SHOWN[name].format(self._shown[name]) for name in _SHOWN if name in self._shown]
+        first, since = self._origin or (step, now)
+        if first < step < self.total and now > since:
+            parts.append(f"ETA {clock((self.total - step) * (now - since) / (step - first))}")
         return "  ".join(parts)
 
     def _start_bar(self) -> Progress:
@@ -103,21 +96,17 @@ class ProgressLine:
             redirect_stdout=not streams,
             redirect_stderr=not streams,
         )
+        bar.add_task("", total=self.total, status="")
         bar.start()
         return bar
 
 
 _SHOWN = {
-    "train/loss": "loss",
-    "train/lr": "lr",
-    "pruning/sparse_ratio": "sparsity",
-    "eval/accuracy": "accuracy",
-}
-_FORMATS: dict[str, Any] = {
-    "loss": "{:.4f}".format,
-    "lr": "{:.2e}".format,
-    "sparsity": "{:.0%}".format,
-    "accuracy": "{:.2%}".format,
+    "train/loss": "loss {:.4f}",
+    "train/lr": "lr {:.2e}",
+    "pruning/sparse_ratio": "sparsity {:.0%}",
+    "eval/accuracy": "accuracy {:.2%}",
+    "train/samples_per_s": "{:.0f} samples/s",
 }
 
 

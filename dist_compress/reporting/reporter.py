@@ -23,14 +23,13 @@ _log = logging.getLogger(__name__)
 class Reporter:
     """Call it alike on every rank; on all but rank 0 every method does nothing. No collectives.
 
-    Writes `run_dir/metrics.jsonl` (one line a step) and `run_dir/events.jsonl`. With `resumed`, lines at or
-    after the first step that is logged again are dropped. `total_steps` are optimizer steps, counted from 0.
+    Writes `run_dir/metrics.jsonl` (one line a step) and `run_dir/events.jsonl`. A step is the number of
+    optimizer steps done. With `resumed`, what was recorded beyond the first step told again is dropped.
     """
 
     def __init__(self, config: Config, run_dir: str | Path, total_steps: int, resumed: bool = False) -> None:
         self._active = comm.rank() == 0
-        self._step = -1
-        self._resumed = resumed
+        self._step: int | None = None if resumed else 0
         self._summary: dict[str, Any] = {}
         self.run_dir = Path(run_dir)
         if not self._active:
@@ -38,12 +37,18 @@ class Reporter:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._metrics = records.Records(self.run_dir / "metrics.jsonl", resumed=resumed)
         self._events = records.Records(self.run_dir / "events.jsonl", resumed=resumed, merge=False)
-        self._progress = ProgressLine(total_steps, config.train.global_batch_size)
-        facts = {"world_size": comm.world_size(), "total_steps": total_steps}
-        self._tracker = Tracker(config, self.run_dir, resumed=resumed, facts=facts)
+        self._progress = ProgressLine(total_steps)
+        self._tracker = Tracker(
+            config, self.run_dir, resumed=resumed, facts={"world_size": comm.world_size()}
+        )
+
+    def expect(self, total_steps: int) -> None:
+        """How long the run will be, where that was not known at first. Before the first `log`."""
+        if self._active:
+            self._progress.total = total_steps
 
     def log(self, step: int, series: Mapping[str, float]) -> None:
-        """Record series measured after optimizer step `step`. Those of one step may come in several calls."""
+        """Record series measured when `step` steps were done. Those of one step may come in several calls."""
         if not self._active or not series:
             return
         self._step = step
@@ -58,7 +63,7 @@ class Reporter:
             return
         _log.info("%s", text)
         step = self._step if step is None else step
-        if step >= 0 or not self._resumed:  # a resumed run's place is not known before its first step
+        if step is not None:  # a resumed run knows its place from the first `log` on
             self._events.add(step, {"text": text})
 
     def summary(self, summary: Mapping[str, Any]) -> None:

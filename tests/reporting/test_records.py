@@ -46,6 +46,17 @@ def test_resume_drops_what_lies_beyond(path: Path) -> None:
     assert [row["train/loss"] for row in records.read(path)] == [1.0] * 6 + [2.0] * 6
 
 
+def test_resume_may_add_to_the_step_it_goes_on_from(path: Path) -> None:
+    write(path, range(0, 10), 1.0)
+    file = records.Records(path, resumed=True)
+    file.add(6, {"eval/accuracy": 0.5})
+    file.add(7, {"train/loss": 2.0})
+    file.close()
+    rows = records.read(path)
+    assert steps(path) == list(range(8))
+    assert rows[6]["train/loss"] == 1.0 and rows[6]["eval/accuracy"] == 0.5 and rows[7]["train/loss"] == 2.0
+
+
 def test_resume_that_logs_nothing_keeps_all(path: Path) -> None:
     write(path, range(0, 4), 1.0)
     write(path, range(0), 2.0, resumed=True)
@@ -84,4 +95,8 @@ def test_events_keep_a_line_each(path: Path) -> None:
     file.add(1, {"text": "a"})
     file.add(1, {"text": "b"})
     file.close()
-    assert [row["text"] for row in records.read(path)] == ["a", "b"]
+    resumed = records.Records(path, resumed=True, merge=False)
+    for text in ("a", "c", "b"):  # told again, or new
+        resumed.add(1, {"text": text})
+    resumed.close()
+    assert [row["text"] for row in records.read(path)] == ["a", "b", "c"]

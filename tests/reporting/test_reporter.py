@@ -56,18 +56,21 @@ def test_other_ranks_do_nothing(config: Config, tmp_path: Path, monkeypatch, cap
 
 
 def test_a_run(config: Config, tmp_path: Path, capsys) -> None:
-    reporter = Reporter(config, tmp_path, 4)
-    for step in range(4):
-        reporter.log(step, {"train/loss": 1 / (step + 1), "train/lr": 0.1})
-        if step == 1:
+    reporter = Reporter(config, tmp_path, 0)
+    reporter.expect(4)
+    reporter.event("traced")
+    for step in range(1, 5):
+        reporter.log(step, {"train/loss": 1 / step, "train/lr": 0.1})
+        if step == 2:
             reporter.event("pruned")
-    reporter.log(3, {"eval/accuracy": 0.75})
+    reporter.log(4, {"eval/accuracy": 0.75})
     reporter.summary(SUMMARY)
     reporter.close()
     rows = records.read(tmp_path / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[3]["eval/accuracy"] == 0.75 and rows[3]["train/loss"] == 0.25
-    assert [(e["step"], e["text"]) for e in records.read(tmp_path / "events.jsonl")] == [(1, "pruned")]
+    events = [(e["step"], e["text"]) for e in records.read(tmp_path / "events.jsonl")]
+    assert events == [(0, "traced"), (2, "pruned")]
     out = capsys.readouterr().out
     assert "step 4/4" in out and "accuracy 75.00%" in out
     assert "2.50x smaller" in out and "wandb" not in out
@@ -75,19 +78,22 @@ def test_a_run(config: Config, tmp_path: Path, capsys) -> None:
 
 def test_a_resumed_run(config: Config, tmp_path: Path) -> None:
     first = Reporter(config, tmp_path, 10)
-    for step in range(8):
+    for step in range(1, 9):
         first.log(step, {"train/loss": 1.0})
         first.event(f"event of {step}")
     first.close()
     second = Reporter(config, tmp_path, 10, resumed=True)
-    second.event("resumed")  # its step is not known yet: must not wipe the events of the first life
-    for step in range(5, 10):
+    second.event("a step not known yet")  # must not wipe the events of the first life
+    second.event("resumed at step 5", 5)
+    second.event("event of 5", 5)  # told again
+    for step in range(6, 11):
         second.log(step, {"train/loss": 2.0})
         second.event(f"event of {step}")
     second.close()
-    assert [r["step"] for r in records.read(tmp_path / "metrics.jsonl")] == list(range(10))
-    events = records.read(tmp_path / "events.jsonl")
-    assert [e["text"] for e in events] == [f"event of {step}" for step in range(10)]
+    assert [r["step"] for r in records.read(tmp_path / "metrics.jsonl")] == list(range(1, 11))
+    events = [e["text"] for e in records.read(tmp_path / "events.jsonl")]
+    expected = [f"event of {step}" for step in range(1, 11)]
+    assert events == [*expected[:5], "resumed at step 5", *expected[5:]]
 
 
 def test_summary_is_sorted_and_whole(tmp_path: Path) -> None:
@@ -105,21 +111,27 @@ def test_without_a_terminal_a_line_now_and_then(monkeypatch) -> None:
     now = [100.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     out = io.StringIO()
-    line = ProgressLine(1000, 64, Console(file=out, width=200))
+    line = ProgressLine(1000, Console(file=out, width=200))
+    series = {
+        "train/samples_per_s": 1280.4,
+        "train/loss": 0.5,
+        "train/lr": 0.01,
+        "pruning/sparse_ratio": 0.25,
+    }
     for step in range(0, 1000, 10):
-        line.update(step, {"train/loss": 0.5, "train/lr": 0.01, "pruning/sparse_ratio": 0.25, "other": 1.0})
+        line.update(step, {**series, "other": 1.0})
         now[0] += 0.5  # 20 steps a second
-    line.update(999, {"train/loss": 0.125})
+    line.update(1000, {"train/loss": 0.125})
     line.close()
     lines = out.getvalue().splitlines()
     assert len(lines) == 6 and "\x1b" not in out.getvalue()  # every 10 s of 50, and the end
     assert lines[1].split("  ") == [
-        "step 201/1000",
+        "step 200/1000",
         "loss 0.5000",
         "lr 1.00e-02",
         "sparsity 25%",
+        "1280 samples/s",
         "ETA 0:40",
-        "1.28 k samples/s",
     ]
     assert lines[-1].startswith("step 1000/1000  loss 0.1250") and "ETA" not in lines[-1]
 
@@ -150,10 +162,10 @@ def test_the_bar_stays_out_of_the_log(monkeypatch) -> None:
     terminal = Terminal()
     tee = Tee(terminal)
     monkeypatch.setattr(sys, "stdout", tee)
-    line = ProgressLine(10, 64, Console())
-    line.update(4, {"train/loss": 0.5})
+    line = ProgressLine(10, Console())
+    line.update(5, {"train/loss": 0.5})
     print("a decision")
-    line.update(9, {"train/loss": 0.25})
+    line.update(10, {"train/loss": 0.25})
     line.close()
     print("the end")
     assert tee.log.getvalue() == "a decision\nthe end\n"
