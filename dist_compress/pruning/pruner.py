@@ -226,7 +226,7 @@ class Pruner(Method):
                 {"step": t, "ratio": ratio, "fingerprint": mark} for t, ratio, mark in self.history
             ],
             "groups": results.groups(self.sets, self.removed, self.budgets, self.elements),
-            "asked_but_kept": results.asked_but_kept(self.kept, self.settings),
+            "asked_but_kept": results.asked_but_kept(self.kept, self.settings, self.sets, self.removed),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -47,7 +47,20 @@ def _row(name: str, unit: str, asked: float, given: float) -> Row:
     return {"name": name, "unit": unit, "asked": asked, "given": given, "reason": reason}
 
 
-def asked_but_kept(kept: Sequence[Kept], settings: Sequence[Setting]) -> list[Row]:
-    """A row {name, asked, given, reason} for each target that is left whole."""
+def asked_but_kept(
+    kept: Sequence[Kept],
+    settings: Sequence[Setting],
+    sets: Sequence[UnitSet],
+    removed: Sequence[torch.Tensor],
+) -> list[Row]:
+    """A row {name, asked, given, reason} for each target of which some channels could not be considered."""
     asked = {setting.module: setting.sparse_ratio for setting in settings}
-    return [{"name": k.module, "asked": asked[k.module], "given": 0.0, "reason": k.reason} for k in kept]
+    gone: dict[str, int] = {}
+    for s, units in zip(sets, removed, strict=True):
+        for member in s.scored:
+            gone[member.module] = gone.get(member.module, 0) + member.index[units].numel()
+    rows: dict[str, Row] = {}
+    for k in kept:
+        row = {"name": k.module, "asked": asked[k.module], "given": gone.get(k.module, 0) / k.num_channels}
+        rows.setdefault(k.module, {**row, "reason": k.reason})
+    return list(rows.values())

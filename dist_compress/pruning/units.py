@@ -54,10 +54,11 @@ class UnitSet:
 
 @dataclass(frozen=True)
 class Kept:
-    """A target that was asked for but is left whole."""
+    """A target that was asked for, but of which no or not all channels can be considered."""
 
     module: str
     reason: str
+    num_channels: int  # of the target, in all
 
 
 def collect(
@@ -80,7 +81,11 @@ def collect(
                 kept.extend(found)
         seen = {name for s in sets for name in s.targets} | {k.module for k in kept}
         kept += [
-            Kept(name, "the trace shows no channels of it that could be removed")
+            Kept(
+                name,
+                "the trace shows no channels of it that could be removed",
+                _num_channels(model, targets[name]),
+            )
             for name in coupled.keys() - seen
         ]
     own: dict[str, list[Setting]] = {}
@@ -104,10 +109,10 @@ def _coupled_set(
         return []
     for setting in chosen[1:]:
         check_agree(chosen[0], setting, _AGREE, "dependency_group_id")
-    missing = [name for name in modules if name not in targets and not _is_depthwise(model, name)]
+    missing = [name for name in modules if name not in targets and not _follows(model, group, name)]
     if group.blocked or missing:
         reason = group.blocked or f"coupled with {', '.join(missing)}, which is not a target"
-        return [Kept(setting.module, reason) for setting in chosen]
+        return [Kept(setting.module, reason, _num_channels(model, setting)) for setting in chosen]
     names = tuple(setting.module for setting in chosen)
     scored = tuple(
         m
@@ -160,21 +165,29 @@ def _own_set(members: list[Setting], coupling: Coupling, model: nn.Module) -> Un
     )
 
 
+def _channel_dim(model: nn.Module, setting: Setting) -> int:
+    """The dimension of the weight that `granularity` is about."""
+    out = int(type(model.get_submodule(setting.module)).__name__ in _OUT_DIM_1)
+    return 1 - out if setting.granularity == "in_channel" else out
+
+
+def _num_channels(model: nn.Module, setting: Setting) -> int:
+    return model.get_parameter(f"{setting.module}.weight").shape[_channel_dim(model, setting)]
+
+
 def _weight_member(model: nn.Module, setting: Setting) -> Member:
     """The weight of a module on its own, a unit for each index of its channel dimension."""
     module = model.get_submodule(setting.module)
     kind = type(module).__name__
-    dim = int(kind in _OUT_DIM_1)
     if kind.startswith("ConvTranspose") and getattr(module, "groups", 1) > 1:
         raise UserError(
             f"{setting.module}: {setting.said_by('granularity')} with "
-            f"{setting.said_by('dependency_group_id')} is not "
-            f"defined for a {kind} with groups. Use dependency_group_id: auto."
+            f"{setting.said_by('dependency_group_id')} "
+            f"is not defined for a {kind} with groups. Use dependency_group_id: auto."
         )
-    dim = 1 - dim if setting.granularity == "in_channel" else dim
-    size = model.get_parameter(f"{setting.module}.weight").shape[dim]
     role = "consumer" if setting.granularity == "in_channel" else "producer"
-    return Member(f"{setting.module}.weight", dim, torch.arange(size)[:, None], role)
+    index = torch.arange(_num_channels(model, setting))[:, None]
+    return Member(f"{setting.module}.weight", _channel_dim(model, setting), index, role)
 
 
 def following_norm(module: str, rows: torch.Tensor, coupling: Coupling) -> list[Member]:
@@ -219,6 +232,14 @@ def _gates(group: UnitGroup) -> tuple[Member, ...]:
     )
 
 
-def _is_depthwise(model: nn.Module, name: str) -> bool:
+def _follows(model: nn.Module, group: UnitGroup, name: str) -> bool:
+    """Whether a module passes units on, one by one: a depthwise convolution, or a vector that is added to
+    them."""
     module: Any = model.get_submodule(name)
-    return getattr(module, "groups", 1) > 1 and module.groups == getattr(module, "in_channels", 0)
+    if getattr(module, "groups", 1) > 1 and module.groups == getattr(module, "in_channels", 0):
+        return True
+    return all(
+        model.get_parameter(m.fqn).numel() == m.index.numel()
+        for m in group.members
+        if m.module == name and m.role == "producer"
+    )
