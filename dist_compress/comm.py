@@ -1,10 +1,12 @@
-"""The only file that calls a collective. Without a process group (one rank) everything works and nothing is sent.
+"""The only file that calls a collective. Without a process group (one rank) everything works and nothing is
+sent.
 
-"collective": every rank must call it, in the same order; a local condition never guards it. "local": no communication.
-What must have equal bits at any number of ranks goes through `ordered_sum`: plain all-reduce adds in an order that
-depends on the number of ranks.
+"collective": every rank must call it, in the same order; a local condition never guards it. "local": no
+communication. What must have equal bits at any number of ranks goes through `ordered_sum`: plain all-reduce
+adds in an order that depends on the number of ranks.
 """
 
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 import os
@@ -52,14 +54,15 @@ def init(
     _store = store or _environment_store(rank, timeout)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=timeout)
-    _objects = dist.new_group(backend="gloo", timeout=timeout) if device == "cuda" else None
+    _objects = dist.new_group(backend="gloo", timeout=timeout) if device == "cuda" else None  # type: ignore
 
 
 def _environment_store(rank: int, timeout: timedelta) -> dist.Store:
     """torchrun's agent keeps one TCPStore across restarts, so keys of dead ranks are kept apart by a prefix.
 
-    The prefix is the restart count of this node's agent, which every node agrees on as long as restarts are caused by
-    failing ranks; a job that lets nodes come and go should rather end and start again (as SLURM's requeue does).
+    The prefix is the restart count of this node's agent, which every node agrees on as long as restarts are
+    caused by failing ranks; a job that lets nodes come and go should rather end and start again (as SLURM's
+    requeue does).
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serve = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -160,9 +163,9 @@ def barrier() -> None:
 class OrderedSum:
     """A float64 sum of micro-batch rows whose bits do not depend on the number of ranks.
 
-    Micro-batch j is row j // N of rank j % N. Each rank owns a slice of the columns: it receives that slice of every
-    row and adds them in the order j = 0, 1, ..; `total` gathers the slices. Traffic: one all-to-all for each `add`
-    (as much as an all-reduce's first half) and one all-gather at the end.
+    Micro-batch j is row j // N of rank j % N. Each rank owns a slice of the columns: it receives that slice
+    of every row and adds them in the order j = 0, 1, ..; `total` gathers the slices. Traffic: one all-to-all
+    for each `add` (as much as an all-reduce's first half) and one all-gather at the end.
     """
 
     def __init__(self, size: int, device: torch.device | str, initial: torch.Tensor | None = None) -> None:
@@ -200,10 +203,12 @@ class OrderedSum:
 
 
 def ordered_sum(rows: torch.Tensor, num_rows: int, initial: torch.Tensor | None = None) -> torch.Tensor:
-    """float64 [D]: sum over the micro-batches j < num_rows in their order, with equal bits at any N. Collective.
+    """float64 [D]: sum over the micro-batches j < num_rows in their order, with equal bits at any N.
+    Collective.
 
-    `rows`: float [A, D]; row a of rank r belongs to micro-batch a * N + r, and A = ceil(num_rows / N) everywhere.
-    Rows of micro-batches that do not exist may hold anything. The sum starts from `initial`, float64 [D], or zero.
+    `rows`: float [A, D]; row a of rank r belongs to micro-batch a * N + r, and A = ceil(num_rows / N)
+    everywhere. Rows of micro-batches that do not exist may hold anything. The sum starts from `initial`,
+    float64 [D], or zero.
     """
     total = OrderedSum(rows.shape[1], rows.device, initial)
     total.add(rows, num_rows)

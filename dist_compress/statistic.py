@@ -1,8 +1,8 @@
 """A sum over micro-batches and steps whose bits do not depend on the number of ranks.
 
-Each micro-batch j of the global batch has its own float64 accumulator, a slot of the rank that computes it. Adding is
-local; one ordered sum of the slots at the end gives the total. (Reduced while still linear: take roots, absolute
-values and ratios of the total, never of a slot.)
+Each micro-batch j of the global batch has its own float64 accumulator, a slot of the rank that computes it.
+Adding is local; one ordered sum of the slots at the end gives the total. (Reduced while still linear: take
+roots, absolute values and ratios of the total, never of a slot.)
 """
 
 from __future__ import annotations

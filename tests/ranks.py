@@ -1,8 +1,9 @@
 """A warm pool of ranks: `ranks(n, fn, *args)` runs a test's function on n processes of a gloo group.
 
-Starting torch in n processes costs seconds, so four workers live as long as the test session; the group of the wanted
-size is made when the size changes (about 0.05 s). With n = 1 there is no group, as in `python -m dist_compress`.
-The function is found by the path of its test file, since test files are no importable modules.
+Starting torch in n processes costs seconds, so four workers live as long as the test session; the group of
+the wanted size is made when the size changes (about 0.05 s). With n = 1 there is no group, as in `python -m
+dist_compress`. The function is found by the path of its test file, since test files are no importable
+modules.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ from pathlib import Path
 from typing import Any
 
 MAX_RANKS = 4
+PRELOAD = [  # what would otherwise be imported in every worker
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "sklearn.model_selection",
+    "pytest",
+    "dist_compress.comm",
+]
 GRACE_S = 1.0  # how long the other ranks of a failed call may take to tell their own story
 
 
@@ -53,7 +61,8 @@ def _clean(size: int | None) -> None:
 
 
 def _serve(rank: int, pipe: Connection, stacks: str) -> None:
-    """The life of a worker: join a group when told to, run functions, answer (ok, pickled result or traceback)."""
+    """The life of a worker: join a group when told to, run functions, answer (ok, pickled result or
+    traceback)."""
     import torch.distributed as dist
 
     from dist_compress import comm
@@ -87,7 +96,7 @@ class RankPool:
     def __init__(self) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="ranks_")
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch", "torch._dynamo", "dist_compress.comm"])
+        self.context.set_forkserver_preload(PRELOAD)
         self.workers: list[tuple[Any, Connection]] = []
         self.size = 0
         self.groups = 0

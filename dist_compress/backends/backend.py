@@ -3,8 +3,8 @@
     for each round:  with sync_context(last): forward of the wrapped model; backward(loss, round, last)
     finish_gradients(); (gradient rules); clip(max_norm)
 
-Every rank makes the same calls in the same order. Losses are already divided by the global count, so gradients are
-summed, never averaged.
+Every rank makes the same calls in the same order. Losses are already divided by the global count, so
+gradients are summed, never averaged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Backend:
         self.model: nn.Module | None = None
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The module to call in training. Collective: afterwards every rank holds rank 0's weights and buffers."""
+        """The module to call in training. Collective: afterwards every rank holds rank 0's weights and
+        buffers."""
         self.model = model
         return model
 
@@ -51,5 +52,6 @@ class Backend:
         return self.unwrap().get_parameter(name).grad
 
     def clip(self, max_norm: float) -> torch.Tensor:
-        """Scale the gradients to a global L2 norm of at most `max_norm`. Returns the norm before. Collective."""
+        """Scale the gradients to a global L2 norm of at most `max_norm`. Returns the norm before.
+        Collective."""
         return nn.utils.clip_grad_norm_(self.unwrap().parameters(), max_norm)

@@ -1,8 +1,8 @@
 """Data parallel: every rank holds the whole model.
 
-Fast: torch's DistributedDataParallel, its buckets summed once a step, in the last round. The float32 sum's bits
-depend on the number of ranks. Exact (`train.exact`): no hooks; the float32 gradient of every micro-batch is folded
-into a float64 sum in micro-batch order and rounded once, with equal bits at any number of ranks.
+Fast: torch's DistributedDataParallel, its buckets summed once a step, in the last round. The float32 sum's
+bits depend on the number of ranks. Exact (`train.exact`): no hooks; the float32 gradient of every micro-batch
+is folded into a float64 sum in micro-batch order and rounded once, with equal bits at any number of ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Ddp(Backend):
                 comm.broadcast(tensor)
         if self.exact or not comm.is_initialized():
             return model
-        # Buffers are ours to keep equal (training/batchnorm.py): DDP's broadcast would overwrite local records.
+        # Buffers are ours to keep equal (training/batchnorm.py): DDP's broadcast would overwrite local
+        # records.
         self.ddp = DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
         self.ddp.register_comm_hook(None, comm.sum_hook)
         return self.ddp

@@ -1,11 +1,12 @@
 """BatchNorm's running statistics, the same at any number of ranks.
 
-BatchNorm (Ioffe and Szegedy 2015) normalises each micro-batch by itself. Its running statistics are recorded per
-micro-batch, summed in micro-batch order over the ranks and committed once per optimizer step:
+BatchNorm (Ioffe and Szegedy 2015) normalises each micro-batch by itself. Its running statistics are recorded
+per micro-batch, summed in micro-batch order over the ranks and committed once per optimizer step:
 
     running = (1 - momentum) * running + momentum * mean over the micro-batches
 
-The record costs no extra pass: with momentum 1 the layer's own buffers hold the statistics of the last forward.
+The record costs no extra pass: with momentum 1 the layer's own buffers hold the statistics of the last
+forward.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from dist_compress.errors import UserError
 
 
 class BatchNormTracker:
-    """Takes over the momentum and the running buffers of every norm of `model` that tracks them; `remove` undoes it."""
+    """Takes over the momentum and the running buffers of every norm of `model` that tracks them; `remove`
+    undoes it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+        self.norms: list[Any] = [
+            m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None
+        ]
         self.momenta = [m.momentum for m in self.norms]
         self.widths = [2 * m.num_features + 1 for m in self.norms]  # mean, variance, number of calls
         self.size = sum(self.widths)
@@ -71,7 +75,7 @@ class BatchNormTracker:
         for hook in self.hooks:
             hook.remove()
 
-    def _record(self, norm: nn.Module, args: Any, output: Any) -> None:
+    def _record(self, norm: Any, args: Any, output: Any) -> None:
         if self.recording and norm.training:
             record, width = self._records[norm], norm.num_features
             record[:width] += norm.running_mean
@@ -84,10 +88,11 @@ class BatchNormTracker:
 
 
 def use_sync_batchnorm(model: nn.Module) -> nn.Module:
-    """`model` with SyncBatchNorm in place of BatchNorm (`train.sync_batchnorm`). Before methods attach. Local.
+    """`model` with SyncBatchNorm in place of BatchNorm (`train.sync_batchnorm`). Before methods attach.
+    Local.
 
-    Normalises each round over all ranks, so the result depends on their number. Raises UserError on a CPU, where
-    torch has none, and for subclasses of BatchNorm whose own behaviour would be lost.
+    Normalises each round over all ranks, so the result depends on their number. Raises UserError on a CPU,
+    where torch has none, and for subclasses of BatchNorm whose own behaviour would be lost.
     """
     if any(p.device.type != "cuda" for p in model.parameters()):
         raise UserError(
@@ -97,7 +102,8 @@ def use_sync_batchnorm(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, plain) and type(module) not in plain:
             raise UserError(
-                f"train.sync_batchnorm=true: {name!r} is a {type(module).__name__}, which does more than BatchNorm "
+                f"train.sync_batchnorm=true: {name!r} is a {type(module).__name__}, which does more than "
+                f"BatchNorm "
                 "and cannot be converted. Set train.sync_batchnorm=false."
             )
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)

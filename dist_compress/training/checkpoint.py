@@ -1,10 +1,12 @@
 """Checkpoints: torch.distributed.checkpoint for the tensors, JSON for the rest, written whole or not at all.
 
     run_dir/checkpoints/step_00000120/   *.distcp, .metadata   tensors, by the path of their key
-                                         state.json            the nested state, tensors replaced by their path
-                                         meta.json             step, phase, config, world size, hash of every file
+                                         state.json            the nested state, tensors replaced by their
+                                         path meta.json             step, phase, config, world size, hash of
+                                         every file
 
-A checkpoint is written to a folder of another name and renamed when complete. It loads at any number of ranks.
+A checkpoint is written to a folder of another name and renamed when complete. It loads at any number of
+ranks.
 """
 
 from __future__ import annotations
@@ -19,25 +21,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from dist_compress import comm
 from dist_compress.config import Config
 from dist_compress.errors import UserError
 
 _TENSOR = "__tensor__"
-_FREE = (  # what may differ on resuming
-    "run_dir", "model.weights", "data.root", "data.in_memory", "data.num_workers", "train.eval_batch_size",
-    "train.num_threads", "train.log_every_steps", "backend.timeout_s", "checkpoint", "export", "logger", "launch",
-)  # fmt: skip
+_FREE = tuple(  # what may differ on resuming
+    "run_dir model.weights data.root data.in_memory data.num_workers train.eval_batch_size train.num_threads "
+    "train.log_every_steps backend.timeout_s checkpoint export logger launch".split()
+)
 
 
 def save(run_dir: Path, step: int, state: dict[str, Any], meta: dict[str, Any], keep: int) -> Path:
-    """Write `state` (nested dicts and lists of tensors and plain values, the same on every rank) as of `step`.
+    """Write `state` (nested dicts and lists of tensors and plain values, the same on every rank) as of
+    `step`.
 
-    Collective. Removes all but the `keep` newest afterwards. Raises UserError on every rank when the folder cannot be
-    written; what was there before stays.
+    Collective. Removes all but the `keep` newest afterwards. Raises UserError on every rank when the folder
+    cannot be written; what was there before stays.
     """
     parent = Path(run_dir) / "checkpoints"
     final, draft = parent / f"step_{step:08d}", parent / f".writing_step_{step:08d}"
@@ -61,7 +67,7 @@ def save(run_dir: Path, step: int, state: dict[str, Any], meta: dict[str, Any], 
     comm.on_rank0(prepare)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "no process group": meant
-        dcp.save(tensors, checkpoint_id=draft, **_group())
+        save_tensors(tensors, checkpoint_id=draft, **_group())
     comm.on_rank0(publish)
     return final
 
@@ -88,8 +94,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """The state given to `save`, its tensors on the CPU, on every rank. Collective; see `read_meta` for the check."""
-    reader = dcp.FileSystemReader(folder)
+    """The state given to `save`, its tensors on the CPU, on every rank. Collective; see `read_meta` for the
+    check."""
+    reader = FileSystemReader(folder)
     try:
         tree = json.loads((folder / "state.json").read_text())
         entries = reader.read_metadata().state_dict_metadata
@@ -99,20 +106,22 @@ def load(folder: Path) -> dict[str, Any]:
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(tensors, storage_reader=reader, **_group())
-    except (OSError, ValueError, KeyError, EOFError, dcp.CheckpointException) as error:
+            load_tensors(tensors, storage_reader=reader, **_group())
+    except (OSError, ValueError, KeyError, EOFError, CheckpointException) as error:
         raise _damaged(folder, str(error)) from error
     return _join(tree, tensors)
 
 
 def check_config(folder: Path, meta: dict[str, Any], config: Config) -> None:
-    """Raise UserError unless the checkpoint was trained by `config`, but for what changes no result. Local."""
+    """Raise UserError unless the checkpoint was trained by `config`, but for what changes no result.
+    Local."""
     here, there = _flat(json.loads(json.dumps(asdict(config)))), _flat(meta["config"])
     differ = [k for k in sorted(here | there) if here.get(k) != there.get(k) and not k.startswith(_FREE)]
     if differ:
         said = "; ".join(f"{k} was {there.get(k)!r}, now {here.get(k)!r}" for k in differ[:5])
         raise UserError(
-            f"The checkpoint {folder} belongs to another configuration: {said}. Set it back to resume, or choose "
+            f"The checkpoint {folder} belongs to another configuration: {said}. Set it back to resume, or "
+            f"choose "
             "another run_dir to start afresh."
         )
 
@@ -126,7 +135,8 @@ def check_model(folder: Path, saved: dict[str, torch.Tensor], model: nn.Module) 
             (pair for pair in zip(there, here, strict=False) if pair[0] != pair[1]), (there[-1], here[-1])
         )
         raise UserError(
-            f"The checkpoint {folder} holds another model: {len(there)} tensors, here {len(here)}; first difference "
+            f"The checkpoint {folder} holds another model: {len(there)} tensors, here {len(here)}; first "
+            f"difference "
             f"{first[0]} there, {first[1]} here. Choose another run_dir, or set `model` back."
         )
 

@@ -21,7 +21,8 @@ def set_up(config: TrainConfig) -> None:
     """
     if config.exact and config.sync_batchnorm:
         raise UserError(
-            "train.exact=true with train.sync_batchnorm=true: SyncBatchNorm normalises over a round of all ranks, so "
+            "train.exact=true with train.sync_batchnorm=true: SyncBatchNorm normalises over a round of all "
+            "ranks, so "
             "its result depends on their number. Set one of the two to false."
         )
     if config.precision not in ("fp32", "bf16"):
@@ -37,7 +38,10 @@ def set_up(config: TrainConfig) -> None:
 
 
 def seed_for(seed: int, step: int, micro: int) -> None:
-    """Seed what a forward pass may draw from (dropout, stochastic depth) by the micro-batch, not by the rank. Local."""
+    """Seed what a forward pass may draw from (dropout, stochastic depth) by the micro-batch, not by the rank.
+    Local."""
     value = seed_of(seed, _RANDOM, step, micro)
-    torch.manual_seed(value)
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(value)
     random.seed(value)

@@ -24,9 +24,11 @@ def autocast(precision: str) -> AbstractContextManager[Any]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, task: Any, batch_size: int, precision: str) -> dict[str, float]:
-    """{"loss": mean, and the task's metrics} over the whole split, in eval mode. Collective; the same everywhere.
+    """{"loss": mean, and the task's metrics} over the whole split, in eval mode. Collective; the same
+    everywhere.
 
-    Batch j goes to rank j mod N; the last one may be smaller. A rank without a batch in the last round runs a dummy.
+    Batch j goes to rank j mod N; the last one may be smaller. A rank without a batch in the last round runs a
+    dummy.
     """
     was_training = model.training
     model.eval()

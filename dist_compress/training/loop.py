@@ -1,18 +1,19 @@
-"""The training loop. It knows no technique: methods add losses, read gradients and change weights through hooks.
+"""The training loop. It knows no technique: methods add losses, read gradients and change weights through
+hooks.
 
-Micro-batch j of a step is computed by rank j mod N, and every rank makes ceil(M / N) rounds; in the last one some
-ranks may have no micro-batch and run a dummy, weighted zero, that touches no statistic. Losses are sums over the
-samples divided by the count of the global batch, so no number depends on how many ranks share the work.
+Micro-batch j of a step is computed by rank j mod N, and every rank makes ceil(M / N) rounds; in the last one
+some ranks may have no micro-batch and run a dummy, weighted zero, that touches no statistic. Losses are sums
+over the samples divided by the count of the global batch, so no number depends on how many ranks share the
+work.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,6 @@ from torch import nn
 from dist_compress import comm
 from dist_compress.backends import Backend
 from dist_compress.config import Config
-from dist_compress.errors import UserError
 from dist_compress.method import Method
 from dist_compress.projection import Projection
 from dist_compress.training import checkpoint, determinism, optim
@@ -30,34 +30,22 @@ from dist_compress.training.data.stream import Feed, Stream
 from dist_compress.training.evaluation import autocast, call, evaluate
 from dist_compress.training.schedule import LearningRate, run_length
 from dist_compress.training.signals import Interrupted, StopRequest
-
-
-class Log(Protocol):
-    def log(self, step: int, series: dict[str, float]) -> None: ...
+from dist_compress.training.task import add_losses
 
 
 class Trainer:
     """Trains `model` in place. Every method of it is collective."""
 
     def __init__(
-        self,
-        config: Config,
-        model: nn.Module,
-        data: Data,
-        task: Any,
-        methods: Sequence[Method],
-        backend: Backend,
-        projection: Projection,
-        reporter: Log,
-    ) -> None:
+        self, config: Config, model: nn.Module, data: Data, task: Any, methods: Sequence[Method],
+        backend: Backend, projection: Projection, reporter: Any,
+    ) -> None:  # fmt: skip
+        """`reporter.log(step, {series: value})` is called on every rank. Raises UserError for sizes, schedules
+        and optimizers that do not fit."""
         determinism.set_up(config.train)
         self.config, self.model, self.data, self.task = config, model, data, task
-        self.methods, self.backend, self.projection, self.reporter = (
-            list(methods),
-            backend,
-            projection,
-            reporter,
-        )
+        self.methods, self.backend, self.projection = list(methods), backend, projection
+        self.reporter = reporter
         train, num_samples = config.train, data.train.num_samples
         self.length = run_length(config, num_samples)
         self.rate = LearningRate(config.optim, self.length)
@@ -69,9 +57,9 @@ class Trainer:
         self._build()
 
     def _build(self) -> None:
-        self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+        self.names = optim.trained(self.model)
         self.module = self.backend.wrap(self.model)
-        self.optimizer = optim.build(self.config.optim, list(self.names))
+        self.optimizer = optim.build(self.config.optim, self.names)
         self.norms = BatchNormTracker(self.model)
 
     def rebuild(self, transform: optim.Transform) -> None:
@@ -86,8 +74,8 @@ class Trainer:
     def train(self, until: int) -> None:
         """Optimizer steps up to step `until` (exclusive), with checkpoints and logs on the way.
 
-        Raises UserError when the loss is no number, and Interrupted (exit code 75) after SIGTERM or SIGUSR1 to any
-        rank, once a checkpoint is written.
+        Raises UserError when the loss is no number, and Interrupted (exit code 75) after SIGTERM or SIGUSR1
+        to any rank, once a checkpoint is written.
         """
         every = self.config.checkpoint.every_steps
         self.model.train()
@@ -95,22 +83,23 @@ class Trainer:
         self._mark = (time.perf_counter(), self.step)
         with self.stop:
             while self.step < until:
-                sums, norm = self._one_step()
+                means = self._one_step()
                 if self.step == until or self.step % self.config.train.log_every_steps == 0:
-                    self._log(sums, norm)
-                if sums["stop"] or (every and self.step % every == 0):
+                    self._log(means)
+                if means["stop"] or (every and self.step % every == 0):
                     self.save()
-                if sums["stop"]:
+                if means["stop"]:
                     raise Interrupted()
 
-    def _one_step(self) -> tuple[dict[str, float], torch.Tensor | None]:
-        """Returns the step's loss and metrics and the norm of its gradient, the same on every rank."""
-        step, max_norm = self.step, self.config.train.clip_norm
-        sums = self._gradients(step)
+    def _one_step(self) -> dict[str, Any]:
+        """Returns the step's loss and metrics, means over the global batch, the same on every rank."""
+        step = self.step
+        means = self._gradients(step)
         for method in self.methods:
             method.before_step(step)
         self.projection.edit_gradients()
-        norm = None if max_norm is None else self.backend.clip(max_norm)
+        if self.config.train.clip_norm is not None:
+            means["grad_norm"] = self.backend.clip(self.config.train.clip_norm)
         self.projection.restore()
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
@@ -119,13 +108,13 @@ class Trainer:
             method.after_step(step)
         self.projection.project()
         self.step += 1
-        return sums, norm
+        return means
 
-    def _gradients(self, step: int) -> dict[str, float]:
+    def _gradients(self, step: int) -> dict[str, Any]:
         """All rounds of a step: gradients, batch norm statistics and the means over the global batch."""
         num_micro, ranks = self.length.num_micro, comm.world_size()
         micros = range(comm.rank(), -(-num_micro // ranks) * ranks, ranks)
-        count = self._global_count(step, micros)
+        count = self.feed.global_count(self.task, step)
         rows, names = [], []
         self.norms.begin_step()
         self.optimizer.zero_grad()
@@ -136,7 +125,7 @@ class Trainer:
             with self.backend.sync_context(last := micro == micros[-1]):
                 with autocast(self.config.train.precision):
                     output = call(self.module, batch["inputs"])
-                losses = self._losses(step, batch, output)
+                losses = add_losses(self.task, self.methods, step, batch, output)
                 self.backend.backward(losses["loss"] * (live / count), round, last)
             if live:
                 for method in self.methods:
@@ -155,44 +144,19 @@ class Trainer:
             torch.stack(rows), num_micro
         )  # the one flat collective of a step's statistics
         means = dict(zip(names, (total[: len(names)] / count).tolist(), strict=True))
-        self._check(means["loss"], step)
+        optim.check_loss(means["loss"], step, self.config.optim)
         self.norms.commit(total[len(names) :])
         determinism.seed_for(self.config.seed, step, num_micro)  # what methods draw is the same on every rank
         return means
 
-    def _losses(self, step: int, batch: dict[str, Any], output: Any) -> dict[str, torch.Tensor]:
-        """Sums over the samples: "loss" is what is minimised, then its parts when there are several."""
-        parts = {"task_loss": self.task.loss(output, batch)}
-        for method in self.methods:
-            loss = method.loss(step, batch, output)
-            if loss is not None:
-                parts[f"{type(method).__name__.lower()}_loss"] = loss
-        return {"loss": torch.stack(list(parts.values())).sum(), **(parts if len(parts) > 1 else {})}
-
-    def _global_count(self, step: int, micros: range) -> int:
-        """What the losses of a step are divided by; summed over the ranks where the task counts something else."""
-        if getattr(self.task, "fixed_count", False):
-            return self.config.train.global_batch_size
-        own = sum(self.task.count(self.feed.batch(step, j)) for j in micros if j < self.length.num_micro)
-        return int(comm.all_reduce(torch.tensor(own, device=comm.device())))
-
-    def _check(self, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
-            raise UserError(
-                f"The training loss is {loss} at step {step}. Lower optim.lr={self.config.optim.lr}, add a warm-up "
-                "(optim.warmup=0.1) or set train.clip_norm=1.0. Checkpoints written before are untouched."
-            )
-
-    def _log(self, means: dict[str, float], norm: torch.Tensor | None) -> None:
+    def _log(self, means: dict[str, Any]) -> None:
         now, (then, before) = time.perf_counter(), self._mark
         self._mark = (now, self.step)
-        series = {f"train/{name}": value for name, value in means.items() if name != "stop"}
+        series = {f"train/{name}": float(value) for name, value in means.items() if name != "stop"}
         series["train/lr"] = self.rate(self.step - 1)
         series["train/samples_per_s"] = (
-            (self.step - before) * self.config.train.global_batch_size / (now - then)
+            self.feed.stream.global_batch_size * (self.step - before) / (now - then)
         )
-        if norm is not None:
-            series["train/grad_norm"] = float(norm)
         for method in self.methods:
             series.update(method.metrics())
         self.reporter.log(self.step, series)
@@ -204,7 +168,8 @@ class Trainer:
         return evaluate(self.module, getattr(self.data, split), self.task, size, self.config.train.precision)
 
     def state(self) -> dict[str, Any]:
-        """All that a run resumes from, the same on every rank: the latent weights, moments, methods and the step."""
+        """All that a run resumes from, the same on every rank: the latent weights, moments, methods and the
+        step."""
         with self.projection.lifted():
             model = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         moments = optim.state_by_name(self.optimizer, self.names)

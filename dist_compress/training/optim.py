@@ -6,7 +6,8 @@ By name, because after a shrink or at another number of ranks the parameters are
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ REFUSED = {
     "Muon": "its update orthogonalises whole matrices",
     "Adafactor": "its second moment is factored over rows and columns",
 }
+Names = Mapping[torch.Tensor, str]  # the trained parameters in the optimizer's order
 State = dict[str, dict[str, Any]]
 Transform = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
-def build(config: OptimConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Raises UserError for an unknown or refused name and for arguments the optimizer does not take. Local."""
+def build(config: OptimConfig, names: Names) -> torch.optim.Optimizer:
+    """An optimizer of these parameters. Raises UserError for an unknown or refused name and for arguments
+    the optimizer does not take. Local."""
     optimizers = {
         name: value
         for name, value in vars(torch.optim).items()
@@ -36,7 +39,8 @@ def build(config: OptimConfig, parameters: list[nn.Parameter]) -> torch.optim.Op
     }
     if config.name in REFUSED:
         raise UserError(
-            f"optim.name={config.name!r} cannot be used: {REFUSED[config.name]}, so its state is not elementwise "
+            f"optim.name={config.name!r} cannot be used: {REFUSED[config.name]}, so its state is not "
+            f"elementwise "
             "and cannot follow masks and slices. Choose for example SGD or AdamW."
         )
     if config.name not in optimizers:
@@ -54,18 +58,24 @@ def build(config: OptimConfig, parameters: list[nn.Parameter]) -> torch.optim.Op
     elif config.weight_decay:
         raise UserError(f"optim.weight_decay={config.weight_decay}: {config.name} has none. Set it to 0.")
     try:
-        return optimizers[config.name](parameters, **kwargs)
+        return optimizers[config.name](list(names), **kwargs)
     except (ValueError, TypeError) as error:
         raise UserError(f"optim ({config.name}, {kwargs}): {error}") from None
 
 
-def state_by_name(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> State:
+def trained(model: nn.Module) -> Names:
+    """{parameter: its first name} of the parameters that are trained, in the model's order. Local."""
+    return {p: name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def state_by_name(optimizer: torch.optim.Optimizer, names: Names) -> State:
     """{parameter name: {key: tensor or plain value}}; the tensors are the live ones. Local."""
     return {names[p]: dict(state) for p, state in optimizer.state.items()}
 
 
 def transformed(state: State, transform: Transform) -> State:
-    """`state` with `transform({parameter name: tensor})` applied to each kind of moment; scalars stay. Local."""
+    """`state` with `transform({parameter name: tensor})` applied to each kind of moment; scalars stay.
+    Local."""
     out: State = {
         name: {k: v for k, v in values.items() if not _is_moment(v)} for name, values in state.items()
     }
@@ -80,10 +90,18 @@ def _is_moment(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
-def load_by_name(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], state: State) -> None:
+def load_by_name(optimizer: torch.optim.Optimizer, names: Names, state: State) -> None:
     """Put a saved (or sliced) state into a new optimizer. Local. Every name and shape must fit."""
-    by_name = {name: p for p, name in names.items()}
     packed = optimizer.state_dict()
-    index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    packed["state"] = {index[by_name[name]]: values for name, values in state.items()}
+    index = {name: i for i, name in enumerate(names.values())}  # the order they were given in
+    packed["state"] = {index[name]: values for name, values in state.items()}
     optimizer.load_state_dict(packed)  # casts to each parameter's device and dtype
+
+
+def check_loss(loss: float, step: int, config: OptimConfig) -> None:
+    """Raise UserError unless the loss is finite. Local; the loss is the same on every rank."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"The training loss is {loss} at step {step}. Lower optim.lr={config.lr}, add a warm-up "
+            "(optim.warmup=0.1) or set train.clip_norm=1.0. Checkpoints written before are untouched."
+        )

@@ -35,18 +35,22 @@ def run_length(config: Config, num_samples: int) -> RunLength:
         )
     if num_samples < size:
         raise UserError(
-            f"data.root or data.source: {num_samples} training samples for world size {size}: fewer samples than "
+            f"data.root or data.source: {num_samples} training samples for world size {size}: fewer samples "
+            f"than "
             "ranks. Start fewer ranks (--nproc-per-node) or use more data."
         )
     num_micro = train.global_batch_size // train.micro_batch_size
     if num_micro < size:
         raise UserError(
-            f"{batches}: {num_micro} micro-batches cannot occupy world size {size}. Lower train.micro_batch_size to "
-            f"{max(train.global_batch_size // size, 1)} or less, raise train.global_batch_size, or start fewer ranks."
+            f"{batches}: {num_micro} micro-batches cannot occupy world size {size}. Lower "
+            f"train.micro_batch_size to "
+            f"{max(train.global_batch_size // size, 1)} or less, raise train.global_batch_size, or start "
+            f"fewer ranks."
         )
     if train.sync_batchnorm and num_micro % size:
         raise UserError(
-            f"train.sync_batchnorm=true with {batches}: {num_micro} micro-batches leave ranks without one in the "
+            f"train.sync_batchnorm=true with {batches}: {num_micro} micro-batches leave ranks without one "
+            f"in the "
             f"last round at world size {size}. Choose sizes whose quotient is a multiple of {size}."
         )
     per_epoch = num_samples / train.global_batch_size

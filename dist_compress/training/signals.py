@@ -1,4 +1,5 @@
-"""A polite end: SIGTERM or SIGUSR1 (SLURM's warning before the limit) stops the run at the next step boundary."""
+"""A polite end: SIGTERM or SIGUSR1 (SLURM's warning before the limit) stops the run at the next step
+boundary."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class Interrupted(SystemExit):
 
 
 class StopRequest:
-    """Context in which the signals only set `requested`. They may come several times, and on some ranks only."""
+    """Context in which the signals only set `requested`. They may come several times, and on some ranks
+    only."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -1,12 +1,13 @@
 """What is learned: the loss and the metrics of a micro-batch, as sums over its samples.
 
-A user's own task (`task._target_`) is any object with the methods of `Classification`; it is built once per rank
-from its keyword arguments. Sums, because the loop divides by the count of the global batch, whatever the number of
-ranks.
+A user's own task (`task._target_`) is any object with the methods of `Classification`; it is built once per
+rank from its keyword arguments. Sums, because the loop divides by the count of the global batch, whatever the
+number of ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from dist_compress.config import TaskConfig
 from dist_compress.errors import UserError
+from dist_compress.method import Method
 from dist_compress.training.instantiate import instantiate
 
 AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's side classifiers (Szegedy et al. 2014, section 5)
@@ -54,13 +56,26 @@ def logits(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
+def add_losses(
+    task: Any, methods: Sequence[Method], step: int, batch: dict[str, Any], output: Any
+) -> dict[str, torch.Tensor]:
+    """Sums over the samples: "loss" is what is minimised, then its parts when there are several. Local."""
+    parts = {"task_loss": task.loss(output, batch)}
+    for method in methods:
+        loss = method.loss(step, batch, output)
+        if loss is not None:
+            parts[f"{type(method).__name__.lower()}_loss"] = loss
+    return {"loss": torch.stack(list(parts.values())).sum(), **(parts if len(parts) > 1 else {})}
+
+
 def build(config: TaskConfig) -> Any:
     """The task of the run. Local. Raises UserError naming `task`."""
     if config.target is not None:
         task = instantiate(config.target, "task")
         if missing := [n for n in ("loss", "count", "metrics") if not hasattr(task, n)]:
             raise UserError(
-                f"task._target_={config.target['_target_']!r}: the object has no {', '.join(missing)}. A task has "
+                f"task._target_={config.target['_target_']!r}: the object has no {', '.join(missing)}. A "
+                f"task has "
                 "loss(output, batch), count(batch) and metrics(output, batch); see training/task.py."
             )
         return task

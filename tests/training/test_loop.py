@@ -1,17 +1,14 @@
-"""The loop: equal bits at any number of ranks, resuming, missing micro-batches, batch norm, clipping, evaluation."""
+"""The loop: equal bits at any number of ranks, resuming, missing micro-batches, batch norm, clipping,
+evaluation."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from dist_compress import backends, comm
 from dist_compress.config import Config
-from dist_compress.errors import UserError
 from dist_compress.method import Method
 from dist_compress.projection import Projection
 from dist_compress.training.data import Data

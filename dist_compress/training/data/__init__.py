@@ -1,7 +1,7 @@
 """The data of a run: a training and an evaluation split, read by sample id. A new source is one file here.
 
-A source's file has `load(config, device) -> (train, eval)`, each a `files.Pixels`; a user's own (`data._target_`) is
-a callable that returns an object with `train` and `eval`, each a `split.Split` on the device it is meant for.
+A source's file has `load(config) -> (train, eval)`, each a `files.Pixels` or `files.Files`; a user's own
+(`data._target_`) is a callable that returns an object with `train` and `eval`, each a `split.Split`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Data:
         self.num_classes = train.num_classes
 
     def example(self, n: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) of a call of the model with the first n evaluation samples, for tracing and checks. Local.
+        """(args, kwargs) of a call of the model with the first n evaluation samples, for tracing and checks.
+        Local.
 
         The same on every rank; samples repeat when there are fewer than n.
         """
@@ -47,8 +48,10 @@ def build(config: DataConfig, seed: int) -> Data:
         for name in ("train", "eval"):
             if not all(hasattr(getattr(own, name, None), a) for a in ("num_samples", "num_classes", "batch")):
                 raise UserError(
-                    f"data._target_={config.target['_target_']!r}: the object needs `train` and `eval`, each with "
-                    f"num_samples, num_classes and batch(ids, epoch); `{name}` lacks one. See training/data/split.py."
+                    f"data._target_={config.target['_target_']!r}: the object needs `train` and `eval`, "
+                    f"each with "
+                    f"num_samples, num_classes and batch(ids, epoch); `{name}` lacks one. See "
+                    f"training/data/split.py."
                 )
         data = own if hasattr(own, "example") else Data(own.train, own.eval)
     else:
@@ -59,8 +62,10 @@ def build(config: DataConfig, seed: int) -> Data:
         data = Data(train, held_out)
     if min(data.train.num_samples, data.eval.num_samples) < comm.world_size():
         raise UserError(
-            f"data.source={config.source!r}, data.root={config.root!r}: {data.train.num_samples} training and "
-            f"{data.eval.num_samples} evaluation samples for world size {comm.world_size()}: fewer samples than ranks. "
+            f"data.source={config.source!r}, data.root={config.root!r}: {data.train.num_samples} training "
+            f"and "
+            f"{data.eval.num_samples} evaluation samples for world size {comm.world_size()}: fewer samples "
+            f"than ranks. "
             "Start fewer ranks (--nproc-per-node) or use more data."
         )
     return data

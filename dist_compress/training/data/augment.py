@@ -1,7 +1,9 @@
-"""Augmentation of a batch on its device; every draw is a hash of (seed, epoch, sample id), so any rank gets the same.
+"""Augmentation of a batch on its device; every draw is a hash of (seed, epoch, sample id), so any rank gets
+the same.
 
 pad_crop[_flip]: He et al. 2015, section 4.2 (zero padding of an eighth of the side, a random crop, a mirror).
-random_resized_crop: Szegedy et al. 2014, section 6 (8 to 100 % of the area, aspect 3/4 to 4/3), with a mirror.
+random_resized_crop: Szegedy et al. 2014, section 6 (8 to 100 % of the area, aspect 3/4 to 4/3), with a
+mirror.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ _X, _Y, _FLIP, _AREA, _ASPECT = range(1, 6)  # purposes of the draws
 
 
 def pad_crop(images: torch.Tensor, hashes: torch.Tensor, flip: bool) -> torch.Tensor:
-    """[n, C, S, S] of any dtype and int64 [n] -> the same shape: each image shifted by up to S / 8, then mirrored."""
+    """[n, C, S, S] of any dtype and int64 [n] -> the same shape: each image shifted by up to S / 8, then
+    mirrored."""
     n, channels, height, width = images.shape
     pad = max(height // 8, 1)
     rows = torch.arange(height, device=images.device) + (below(hashes, _Y, 2 * pad + 1) - pad)[:, None]

@@ -1,10 +1,12 @@
 """scikit-learn's handwritten digits (Alpaydin and Kaynak 1998): real, embedded, nothing to download.
 
-1797 grey images of 8 x 8 pixels in 17 levels, enlarged to the wanted size and given three equal channels. The 360
-evaluation images are drawn once and for all, with every class in proportion.
+1797 grey images of 8 x 8 pixels in 17 levels, enlarged to the wanted size and given three equal channels. The
+360 evaluation images are drawn once and for all, with every class in proportion.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -19,7 +21,7 @@ def load(config: DataConfig) -> tuple[Pixels, Pixels]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
+    digits: Any = load_digits()
     grey = torch.from_numpy(digits.images).float().mul(255 / 16).round().to(torch.uint8)
     images = resize(grey[:, None], config.image_size).expand(-1, 3, -1, -1)
     targets = torch.from_numpy(digits.target).long()

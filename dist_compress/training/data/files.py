@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -62,7 +61,8 @@ class Files:
         return DecodedSplit(decode, targets, self.num_classes, transform, config.num_workers)
 
     def _decode_all(self, size: int, num_threads: int, device: torch.device) -> torch.Tensor:
-        """uint8 [n, 3, S, S] of all images on every rank. Collective; a file that cannot be read fails every rank."""
+        """uint8 [n, 3, S, S] of all images on every rank. Collective; a file that cannot be read fails every
+        rank."""
         rank, ranks = comm.rank(), comm.world_size()
         own = torch.zeros(-(-len(self.samples) // ranks), 3, size, size, dtype=torch.uint8)
         failure = ""

@@ -75,7 +75,8 @@ Decode = Callable[[int, "tuple[float, float, float, float] | None"], torch.Tenso
 
 
 class DecodedSplit:
-    """Images decoded by a pool of threads (the decoder lets go of the interpreter), ahead of time when told."""
+    """Images decoded by a pool of threads (the decoder lets go of the interpreter), ahead of time when
+    told."""
 
     def __init__(
         self, decode: Decode, targets: Sequence[int], num_classes: int, transform: Transform, num_threads: int

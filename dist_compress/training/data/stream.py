@@ -1,8 +1,8 @@
 """Which samples make a micro-batch: a pure function of the position, so that a run resumes by its step alone.
 
-The training stream is epoch after epoch, each a permutation of its own; step s takes samples [s * G, (s + 1) * G) and
-micro-batch j the j-th part of them. Nothing is dropped or repeated at the end of an epoch, and nothing depends on
-the number of ranks.
+The training stream is epoch after epoch, each a permutation of its own; step s takes samples [s * G, (s + 1)
+* G) and micro-batch j the j-th part of them. Nothing is dropped or repeated at the end of an epoch, and
+nothing depends on the number of ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Stream:
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def micro(self, step: int, micro: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [m] sample ids and int64 [m] epochs of micro-batch `micro` of `step`. Local, the same on every rank."""
+        """int64 [m] sample ids and int64 [m] epochs of micro-batch `micro` of `step`. Local, the same on
+        every rank."""
         first = step * self.global_batch_size + micro * self.micro_batch_size
         positions = torch.arange(first, first + self.micro_batch_size)
         epochs, places = positions // self.num_samples, positions % self.num_samples
@@ -47,7 +48,8 @@ class Feed:
         self.split, self.stream, self.num_micro = split, stream, num_micro
 
     def batch(self, step: int, micro: int) -> dict[str, Any]:
-        """Micro-batch `micro` of `step`; for one that does not exist, this rank's first of the step. Local."""
+        """Micro-batch `micro` of `step`; for one that does not exist, this rank's first of the step.
+        Local."""
         prefetch = getattr(self.split, "prefetch", None)
         if prefetch is not None:
             step_ahead, micro_ahead = step, micro + comm.world_size()
@@ -55,3 +57,14 @@ class Feed:
                 step_ahead, micro_ahead = step + 1, comm.rank()
             prefetch(*self.stream.micro(step_ahead, micro_ahead))
         return self.split.batch(*self.stream.micro(step, micro if micro < self.num_micro else comm.rank()))
+
+    def global_count(self, task: Any, step: int) -> int:
+        """What the losses of a step are divided by: summed over the ranks where it is not a matter of course.
+
+        Collective unless the task says that it counts samples (`fixed_count`), the same on every rank.
+        """
+        if getattr(task, "fixed_count", False):
+            return self.stream.global_batch_size
+        own = range(comm.rank(), self.num_micro, comm.world_size())
+        counted = sum(int(task.count(self.batch(step, micro))) for micro in own)
+        return int(comm.all_reduce(torch.tensor(counted, device=comm.device())))
