@@ -57,7 +57,8 @@ def _head_counts(s: Structure, keep: Keep, modules: dict[str, nn.Module]) -> dic
     """Integers of users' modules that their views split by: `num_heads` in reshape(B, N, 3, self.num_heads, -1).
 
     An integer is set when it equals the old size of a dim that a view of this very module made or read, and all such
-    dims of this size shrank alike. Whether that was right is decided by the rehearsal of the plan.
+    dims of this size shrank alike; where they did not (4 heads of 4), only what is called a number of heads follows.
+    Whether that was right is decided by the rehearsal of the plan.
     """
     changes: dict[tuple[str, int], set[int]] = {}
     for op in s.trace.tape:
@@ -68,9 +69,11 @@ def _head_counts(s: Structure, keep: Keep, modules: dict[str, nn.Module]) -> dic
     found = {}
     for (owner, size), new in changes.items():
         module = modules[owner]
-        if type(module).__module__.startswith("torch.nn.") or new == {size} or len(new) > 1:
+        changed = new - {size}
+        if type(module).__module__.startswith("torch.nn.") or len(changed) != 1:
             continue
         for name, value in vars(module).items():
-            if type(value) is int and value == size and not name.startswith("_"):
-                found[f"{owner}.{name}".lstrip(".")] = next(iter(new))
+            is_count = "heads" in name and "dim" not in name
+            if type(value) is int and value == size and (len(new) == 1 or is_count) and not name.startswith("_"):
+                found[f"{owner}.{name}".lstrip(".")] = next(iter(changed))
     return found

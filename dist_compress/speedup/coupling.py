@@ -121,13 +121,13 @@ class _Units:
     def groups(self, roles: list[tuple[str, int, int, str]]) -> list[tuple[UnitGroup, dict[int, torch.Tensor]]]:
         """(group, {variable: int64 [num_units, k] positions of each unit}) in tape order of the first producer.
 
-        roles: (param fqn, dim, variable, role), in tape order.
+        roles: (param fqn, dim, variable, role), in tape order; an "added" parameter makes no group by itself.
         """
         s, label = self.structure, self._label()
         why = self._pin_reasons(label)
         shapes: dict[int, list[tuple[int, int]]] = {}
-        useful = [v for v in self.roots if s.sizes[v] > 1 and any(role[2] == v for role in roles)]
-        for var in useful:
+        wanted = {var for _, _, var, _ in roles} | {var for c in s.contractions for var in c.factors}
+        for var in (v for v in self.roots if v in wanted and s.sizes[v] > 1):
             own = label[self.start[var] : self.start[var] + s.sizes[var]]
             for unit, count in zip(*(x.tolist() for x in own.unique(return_counts=True)), strict=True):
                 shapes.setdefault(unit, []).append((var, count))
@@ -137,11 +137,15 @@ class _Units:
         found = []
         for (shape, blocked), units in classes.items():
             where = {var: self._positions(var, units, label) for var, _ in shape}
-            members = tuple(Member(fqn, dim, where[var], role) for fqn, dim, var, role in roles if var in where)
-            first = next((i for i, r in enumerate(roles) if r[2] in where and r[3] == "producer"), None)
+            mine = [(i, *role) for i, role in enumerate(roles) if role[2] in where]
+            first = next(((i, fqn) for i, fqn, _, _, role in mine if role == "producer"), None)
             if first is not None:
-                name = members[[m.role for m in members].index("producer")].module
-                found.append((first, min(units), UnitGroup(name, len(units), members, blocked), where))
+                members = tuple(
+                    Member(fqn, dim, where[var], "producer" if role == "added" else role)
+                    for _, fqn, dim, var, role in mine
+                )
+                name = first[1].rpartition(".")[0]
+                found.append((first[0], min(units), UnitGroup(name, len(units), members, blocked), where))
         found.sort(key=lambda item: item[:2])
         return [(group, where) for _, _, group, where in found]
 
@@ -171,7 +175,7 @@ def _roles(s: Structure) -> list[tuple[str, int, int, str]]:
             continue
         info, var = s.trace.info(ref), s.dims(ref)[own]
         known = found.get((info.fqn, own))
-        if known is None or role == "producer" and known[3] != "producer":
+        if known is None or role == "producer":
             found[(info.fqn, own)] = (info.fqn, own, var, role)
     return list(found.values())
 
@@ -182,6 +186,7 @@ def _check(
     """Mask 30 % of the units of each group on a copy and plan; groups of which one does not vanish become blocked."""
     masked = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
+    _revive(masked, generator)
     removed: dict[int, torch.Tensor] = {}
     for i, (group, _) in enumerate(groups):
         if not group.blocked and group.num_units > 1:
@@ -200,6 +205,16 @@ def _check(
             text = why[0] if why else f"{failed.fqn} keeps them along dim {failed.dim}"
             checked[i] = (UnitGroup(group.name, group.num_units, group.members, text), where)
     return checked
+
+
+def _revive(model: nn.Module, generator: torch.Generator) -> None:
+    """Replace every zero weight: a head or a norm that starts at zero would make all before it dead."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            zero = parameter == 0
+            if bool(zero.any()) and parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, generator=generator) * 0.02
+                parameter.copy_(torch.where(zero, noise.to(parameter), parameter))
 
 
 def mask_units(model: nn.Module, group: UnitGroup, units: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from dist_compress.tracing import Op, Ref
 class Pointwise(Rule):
     """f(0) need not be 0: whether an untainted result is zero is read off the real run."""
 
-    role = "producer"  # of a parameter that is added
+    role = "added"  # of a parameter operand
 
     def operands(self, op: Op) -> tuple[Ref, ...]:
         return op.inputs

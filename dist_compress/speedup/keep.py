@@ -112,19 +112,21 @@ class Keep:
 
     def close(self) -> None:
         """Run to the fixpoint; a variable of which nothing is kept keeps its first position."""
-        while True:
-            while self._queue:
-                constraint = self._queue.popleft()
-                if isinstance(constraint, Link):
-                    self._close_link(constraint)
-                else:
-                    self._close_box(constraint)
-            empty = [var for var, kept in self.kept.items() if len(kept) and not bool(kept.any())]
-            if not empty:
-                return
-            first = torch.zeros(len(self.kept[empty[0]]), dtype=torch.bool)
-            first[0] = True
-            self.grow(empty[0], first, "is the last slice left of its dim")
+        self._drain()
+        for var, kept in self.kept.items():
+            if len(kept) and not bool(kept.any()):
+                first = torch.zeros_like(kept)
+                first[0] = True
+                self.grow(var, first, "is the last slice left of its dim")
+                self._drain()
+
+    def _drain(self) -> None:
+        while self._queue:
+            constraint = self._queue.popleft()
+            if isinstance(constraint, Link):
+                self._close_link(constraint)
+            else:
+                self._close_box(constraint)
 
     def _close_link(self, link: Link) -> None:
         for a, ia, b, ib in ((link.a, link.index_a, link.b, link.index_b), (link.b, link.index_b, link.a, link.index_a)):

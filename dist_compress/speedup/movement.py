@@ -131,10 +131,13 @@ def _separate(grids: list[tuple[int, torch.Tensor]], shape: tuple[int, ...]) -> 
 
 def squeeze_uniform(grid: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     """`grid` with each uniform dim narrowed to size 1, and the dims that vary."""
+    for dim in range(grid.dim()):
+        if grid.stride(dim) == 0:  # what views of an expanded grid keep: no pass over the elements
+            grid = grid.narrow(dim, 0, 1)
     varying = []
     for dim in range(grid.dim()):
         first = grid.narrow(dim, 0, 1)
-        if grid.size(dim) == 1 or grid.stride(dim) == 0 or bool((grid == first).all()):
+        if grid.size(dim) == 1 or bool((grid == first).all()):
             grid = first
         else:
             varying.append(dim)

@@ -84,7 +84,8 @@ def _rehearse(
     model: nn.Module, plan: Plan, recorded: Trace, s: Structure, keep: Keep, args: Any, kwargs: Any
 ) -> str | None:
     """None when a shrunk copy runs and gives the recorded output, else the module where it first goes wrong."""
-    small = apply(copy.deepcopy(model), plan)
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    small = apply(copy.deepcopy(model, shared), plan)  # tensors that stay whole are not copied
     try:
         result = trace(small, args, kwargs).result
     except TraceError as error:

@@ -62,7 +62,7 @@ class Structure:
     links: list[Link] = field(default_factory=list)
     boxes: list[Box] = field(default_factory=list)
     pins: dict[int, str] = field(default_factory=dict)
-    roles: dict[tuple[int, int], str] = field(default_factory=dict)  # (ref id, dim) -> producer | affine | consumer
+    roles: dict[tuple[int, int], str] = field(default_factory=dict)  # (ref id, dim) -> producer | added | affine | consumer
     contractions: list[Contraction] = field(default_factory=list)
     whole_groups: dict[int, int] = field(default_factory=dict)  # GroupNorm weight ref id -> variable of its groups
     _dims: dict[int, list[int]] = field(default_factory=dict)
