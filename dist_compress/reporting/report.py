@@ -110,13 +110,14 @@ def _proof(config: Row, summary: Row) -> dict[str, Any]:
     """masked == shrunk: the difference that was measured, the one that is allowed, and the verdict."""
     difference = summary.get("verify/max_rel_diff")
     tolerance = summary.get("verify/tolerance", (config.get("speedup") or {}).get("tolerance"))
-    masked, after = summary.get("accuracy/masked"), summary.get("accuracy/after")
+    masked = summary.get("accuracy/masked")
+    shrunk = summary.get("accuracy/shrunk")  # at once after the shrink: before any fine-tuning
     return {
         "difference": None if difference is None else f"{difference:.2e}",
         "tolerance": None if tolerance is None else f"{tolerance:.0e}",
         "holds": None if difference is None or tolerance is None else difference <= tolerance,
         "masked": None if masked is None else figures.percent(masked),
-        "after": None if after is None else figures.percent(after),
+        "shrunk": None if shrunk is None else figures.percent(shrunk),
     }
 
 
@@ -126,7 +127,12 @@ def _layers(layers: Sequence[Row], asked_but_kept: Sequence[Row]) -> list[dict[s
     result = []
     for layer in layers:
         name, before = layer["name"], layer["before"]
-        wish = asked.get(name, asked.get(name.rpartition(".")[0]))
+        names = (
+            name,
+            f"{name}.weight",
+            f"{name}.weight[dim 0]",
+        )  # a module, its tensor, the tensor's outputs
+        wish = next((asked[n] for n in names if n in asked), None)
         if isinstance(wish, int) and not isinstance(wish, bool) and before:
             wish = wish / before
         result.append(
