@@ -1,7 +1,8 @@
 """`python -m dist_compress ...` on one rank, `torchrun ... -m dist_compress ...` on several.
 
-Exit codes, on every rank alike: 0; 1 when the run failed; 2 when its configuration is at fault. An error is
-shown once in the whole run, by whichever rank met it first, and is in the log of each rank that met it.
+Exit codes, on every rank alike: 0; 1 when the run failed; 2 when its configuration is at fault; 75 when a
+signal stopped it after a checkpoint. An error is shown once in the whole run, by the rank that met it first,
+and is in the log of each rank that met it.
 """
 
 from __future__ import annotations
@@ -57,9 +58,13 @@ def _run(config: Config) -> int:
         config = run_folder.enter(config)
         from dist_compress.run import run
 
-        run(config)
+        code = 0
+        try:
+            run(config)
+        except SystemExit as stop:  # a signal, at a step boundary that the ranks agreed on
+            code = stop.code if isinstance(stop.code, int) else 1
         comm.shutdown()
-        return 0
+        return code
     except BaseException as error:
         trace = "".join(traceback.format_exception(error)).rstrip()
         lost_contact = isinstance(error, RuntimeError) and _LOST_CONTACT.search(str(error))
@@ -67,6 +72,8 @@ def _run(config: Config) -> int:
             text = f"error: {error}"
         elif lost_contact:
             text = f"error: rank {comm.rank()} lost contact with another rank in {_collective(error)}."
+        elif isinstance(error, KeyboardInterrupt):
+            text = "interrupted"
         else:
             text = trace
         first = comm.claim("error")

@@ -1,4 +1,4 @@
-"""slurm/train.sbatch on a real SLURM of two nodes (tests/toy_slurm.py), and what happens when it is preempted."""
+"""slurm/train.sbatch on a real SLURM of two nodes (tests/toy_slurm.py), also when the job is told to go."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_job_told_to_go_is_requeued_and_enters_its_folder_again(cluster, tmp_p
     state = cluster.wait(job, timeout_s=80)
     said = log.read_text()
     assert state == "COMPLETED", said
-    assert "requeue job" in said and "restart 0" in said and "restart 1" in said
+    assert "stop and requeue job" in said and "restart 0" in said and "restart 1" in said
     (folder,) = (tmp_path / "outputs").iterdir()
     assert "restart 1" in (folder / "logs/rank_1.log").read_text()
 
