@@ -31,6 +31,7 @@ _MODES = ("offline", "online", "disabled")
 _START_S = 20.0  # to log in and go online, before the helper records offline
 _UPLOAD_S = 20.0  # for what is left to upload at the end
 _CLOSE_S = 45.0  # how long the end of a run waits for the helper before it leaves
+_CRASH_S = 8.0  # the same when an error ends the run: its message must not be late
 
 
 def mode_of(config: Config) -> str:
@@ -143,9 +144,9 @@ class Tracker:
             self._queue.put({"finish": True})
         self._queue.put(None)
         try:
-            self._process.wait(_CLOSE_S)
-        except subprocess.TimeoutExpired:
-            _log.warning("W&B did not finish within %.0f s; its files so far are kept.", _CLOSE_S)
+            self._process.wait(_CLOSE_S if finished else _CRASH_S)
+        except subprocess.TimeoutExpired as late:
+            _log.warning("W&B did not finish within %.0f s; its files so far are kept.", late.timeout)
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._threads[1].join(1.0)
