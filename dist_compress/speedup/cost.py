@@ -27,6 +27,27 @@ def macs(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any]
     return counter.get_total_flops() // 2
 
 
+def layer_costs(
+    model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, int]]:
+    """{module fqn: {"channels", "params", "macs"}} of every module with a weight of two or more dims, in model order.
+
+    `channels` are its output channels or features. MACs are of this one call, as in `macs`. Local.
+    """
+    counter = FlopCounterMode(display=False)
+    with _evaluating(model), _fused_transformer_off(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(*args, **(kwargs or {}))
+    flops = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    costs = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.dim() >= 2:
+            channels = getattr(module, "out_channels", weight.shape[0])  # transposed convolutions have them in dim 1
+            params = sum(p.numel() for p in module.parameters(recurse=False))
+            costs[name] = {"channels": channels, "params": params, "macs": flops.get(name, 0) // 2}
+    return costs
+
+
 def num_params(model: nn.Module) -> int:
     """Elements of all parameters, tied ones once. Local."""
     return sum(p.numel() for p in model.parameters())
@@ -122,7 +143,8 @@ def _synchronize() -> None:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's own flag comes back."""
     training = {module: module.training for module in model.modules()}
-    model.eval()
+    for module in training:
+        module.training = False
     try:
         with torch.no_grad():
             yield

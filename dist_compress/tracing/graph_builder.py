@@ -1,4 +1,4 @@
-"""The torch.fx graph of a recording in the making: which node made each tensor, and how values become arguments."""
+"""The torch.fx graph of a recording in the making: which node made a tensor, how values become arguments."""
 
 from __future__ import annotations
 
@@ -88,25 +88,30 @@ class GraphBuilder:
         entry = self.known.get(id(tensor))
         return entry is not None and entry[0] is tensor
 
+    def depends_on_inputs(self, tensor: torch.Tensor) -> bool:
+        """Known, or computed from a known one."""
+        return self.is_known(tensor) or self.is_derived(tensor)
+
     def is_derived(self, tensor: torch.Tensor) -> bool:
         reference = self.derived.get(id(tensor))
         return reference is not None and reference() is tensor
 
     def node_of(self, tensor: torch.Tensor) -> Node:
-        """The node of a tensor: of the one that made it, of a parameter or buffer, or of a lifted constant."""
+        """The node that made a tensor, or one that gets a parameter, a buffer or a lifted constant."""
         if self.is_known(tensor):
             return self.known[id(tensor)][1]
         name = self.names.get(id(tensor))
         if name is None and self.is_derived(tensor):
+            where = self.path[-1] or type(self.model).__name__
             raise UserError(
-                f"concrete_trace: module {self.path[-1] or type(self.model).__name__!r} uses a tensor of shape "
-                f"{list(tensor.shape)} that was computed from the inputs inside a call recorded as a whole (a "
-                "torch.nn module or a torch function) without being its output, e.g. by a hook. Return it instead."
+                f"concrete_trace: module {where!r} uses a tensor of shape {list(tensor.shape)} that was computed "
+                "from the inputs inside a torch.nn module or torch function without being its output, e.g. by a "
+                "hook. Return it instead."
             )
         if name is None:
             # A constant with a history would drag the program that made it along.
             name = self.lift(tensor if tensor.is_leaf else tensor.detach())
-        self.attributes[name] = self.attributes.get(name, tensor)
+        self.attributes.setdefault(name, tensor)
         node = self.graph.create_node("get_attr", name)
         self.known[id(tensor)] = (tensor, node)
         return node
@@ -140,14 +145,16 @@ class GraphBuilder:
         return self.graph.create_node("get_attr", self.lift(value))
 
     def to_output(self, value: Any) -> Any:
-        """What the graph returns for `value`: any nest that torch's pytree knows, rebuilt by its own rules."""
+        """What the graph returns for `value`: any nest that torch's pytree knows, rebuilt by its rules."""
         if type(value) in (list, tuple):
             return type(value)(self.to_output(v) for v in value)
         if type(value) is dict:
             return {key: self.to_output(v) for key, v in value.items()}
         leaves, spec = tree_flatten(value)
         if not spec.is_leaf():
-            spec_node = self.graph.create_node("get_attr", self.lift(spec))
+            name = f"_output_spec_{len(self.attributes)}"
+            self.attributes[name] = spec
+            spec_node = self.graph.create_node("get_attr", name)
             return self.graph.call_function(tree_unflatten, ([self.to_output(v) for v in leaves], spec_node))
         node = self.to_arg(value)
         if isinstance(node, Node) and node.op == "get_attr" and not isinstance(value, torch.Tensor):
@@ -155,7 +162,7 @@ class GraphBuilder:
         return node
 
     def finish(self, output: Any) -> GraphModule:
-        """The graph module, without the nodes that nothing needs. It shares the model's tensors and modules."""
+        """The graph module, without the nodes nobody needs. It shares the model's tensors and modules."""
         self.graph.output(self.to_output(output))
         self.graph.eliminate_dead_code(
             lambda node: node.op in ("placeholder", "output") or "impure" in node.meta

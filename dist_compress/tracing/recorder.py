@@ -1,9 +1,9 @@
 """Record the program a model runs as a torch.fx.GraphModule: by execution, not by proxies.
 
-The real model runs once. A TorchFunctionMode sees every torch function, method, property and factory it calls, and
-sizes come back as ints that remember their node (traced_int.py). Modules of torch.nn become `call_module`. Under
-it, a TorchDispatchMode takes down what slips past (scripted functions, C++ extensions). As the model sees real
-tensors, control flow, `isinstance`, numpy and C code just work; what they fix is listed in `meta["specialised"]`.
+The real model runs once. A TorchFunctionMode sees every torch function, method, property and factory it calls,
+and sizes come back as ints that remember their node (traced_int.py). Modules of torch.nn become `call_module`.
+Under it, a TorchDispatchMode takes down what slips past (scripted functions, C++ extensions). As the model sees
+real tensors, control flow, `isinstance`, numpy and C code just work; `meta["specialised"]` lists what they fix.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.fx.node import has_side_effect
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -49,8 +50,8 @@ def concrete_trace(
     """The graph of `model(*args, **kwargs)`, recorded by running it once in evaluation mode. Local.
 
     The graph takes the same arguments under the names of `forward`, returns the same structure, and shares the
-    parameters, buffers and torch.nn modules of `model` under their names. It runs at other batch sizes unless the
-    program itself fixed one. Modes, buffers, random state and arguments are left as they were. Its `meta` has
+    parameters, buffers and torch.nn modules of `model` under their names. It runs at other batch sizes unless
+    the program itself fixed one. Modes, buffers, random state and arguments are left as they were. `meta` has
         "specialised"     [Specialised]: what `.item()`, `bool(tensor)`, `tolist()` and the like read
         "lifted"          {attribute: module fqn}: tensors and objects that are no input, parameter or buffer
         "opaque_outputs"  [attribute]: outputs that are neither tensor nor nest (caches): the recorded objects
@@ -86,7 +87,7 @@ def swap_grad_mode(enabled: bool) -> bool:
     return before
 
 
-torch.fx.node.has_side_effect(swap_grad_mode)
+has_side_effect(swap_grad_mode)
 _lock = threading.RLock()  # what `watching` patches is global
 
 
@@ -132,9 +133,7 @@ class _Recorder(GraphBuilder):
     def on_dispatch(self, function: Any, args: Any, kwargs: Any) -> Any:
         """An ATen call: a node if no torch function made it; else it tells what was derived from the inputs."""
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        ours = threading.get_ident() == self.thread and any(
-            self.is_known(t) or self.is_derived(t) for t in tensors
-        )
+        ours = threading.get_ident() == self.thread and any(map(self.depends_on_inputs, tensors))
         if ours and self.depth == 0:
             return self._record("call_function", function, lambda: function(*args, **kwargs), args, kwargs)
         result = function(*args, **kwargs)
@@ -255,8 +254,8 @@ def _call_of(function: Any, args: Any) -> tuple[str, Any, str, Any]:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """A layer of torch.nn, or a scripted module; not what only holds other modules."""
-    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+    """A layer of torch.nn, or a scripted module; not what only holds other modules, nor a bare nn.Module."""
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or type(module) is nn.Module:
         return False
     return type(module).__module__.startswith("torch.nn.") or isinstance(module, torch.jit.ScriptModule)
 

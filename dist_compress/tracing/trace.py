@@ -62,7 +62,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     try:
-        model.eval()
+        for module in training:  # not model.eval(), which exported modules refuse
+            module.training = False
         torch.backends.mha.set_fastpath_enabled(False)
         rng = torch.random.fork_rng(devices=[d for d in devices if d is not None])
         with rng, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):

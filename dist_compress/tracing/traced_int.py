@@ -14,7 +14,7 @@ from torch.fx import Node
 
 
 class TracedInt(int):
-    """`node` computes the value when the graph is replayed; None once the recording is over (see `forget`)."""
+    """`node` computes the value when the graph is replayed; None once the recording is over."""
 
     node: Node | None
     family: list[TracedInt]  # every traced int of the recording

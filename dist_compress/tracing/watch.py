@@ -1,7 +1,7 @@
 """What a recorder must see that no torch mode shows it: module calls, autocast regions, the levels of vmap.
 
-Each is patched for the duration of one recording and put back whatever happens. Calls from other threads, and calls
-made inside something that is recorded as a whole, go straight through.
+Each is patched for the duration of one recording and put back whatever happens. Calls from other threads, and
+calls made inside something that is recorded as a whole, go straight through.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
-import torch
 from torch import nn
+from torch.amp import autocast_mode
 from torch.fx import Node
 
 _VMAP = ("_vmap_increment_nesting", "_add_batch_dim", "_remove_batch_dim", "_vmap_decrement_nesting")
@@ -35,7 +35,7 @@ class Watcher(Protocol):
 @contextmanager
 def watching(watcher: Watcher) -> Iterator[None]:
     """Report to `watcher` until the end of the block."""
-    autocast, vmap = torch.amp.autocast_mode.autocast, importlib.import_module("torch._functorch.vmap")
+    autocast, vmap = autocast_mode.autocast, importlib.import_module("torch._functorch.vmap")
     entered: list[Node | None] = []  # autocast regions we are in
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -43,13 +43,13 @@ def watching(watcher: Watcher) -> Iterator[None]:
 
     def enter(region: Any) -> Any:
         values = (region.device, region.fast_dtype, region._enabled, region._cache_enabled)
-        entered.append(watcher.emit(torch.amp._enter_autocast, values) if watcher.active() else None)
+        entered.append(watcher.emit(autocast_mode._enter_autocast, values) if watcher.active() else None)
         return original_enter(region)
 
     def leave(region: Any, *exception: Any) -> Any:
         node = entered.pop()
         if node is not None:
-            watcher.emit(torch.amp._exit_autocast, (node,))
+            watcher.emit(autocast_mode._exit_autocast, (node,))
         return original_leave(region, *exception)
 
     def on_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
