@@ -65,6 +65,7 @@ class TrainConfig:
     precision: str = "fp32"  # fp32 | bf16 (autocast)
     clip_norm: float | None = None
     sync_batchnorm: bool = False
+    channels_last: bool = False  # memory format of images and convolutions: often faster
     num_threads: int | None = None  # CPU threads per rank; None: 1 when exact, else torch's choice
     log_every_steps: int = 10
 
@@ -77,6 +78,7 @@ class OptimConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)  # e.g. momentum, nesterov, betas
     schedule: str = "cosine"  # constant | cosine | step
     warmup: float | str = 0.0  # a duration: fraction of the run, "100steps" or "2epochs"
+    restarts: list[float | str] = field(default_factory=list)  # durations at which the schedule begins anew
     milestones: list[float | str] = field(default_factory=list)  # for step: durations
     gamma: float = 0.1  # for step
     final_lr: float = 0.0  # for cosine

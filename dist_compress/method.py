@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,11 +29,7 @@ from dist_compress.errors import UserError
 from dist_compress.projection import Projection
 from dist_compress.target import Coupling
 
-
-class Shards(Protocol):
-    """What a method needs of a backend."""
-
-    def grad(self, name: str) -> torch.Tensor | None: ...
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -68,6 +65,10 @@ class Method:
 
     def detach(self) -> None:
         """Leave the compressed weights in the model and take every hook off."""
+
+    def rebase(self, transform: Callable[[Tensors], Tensors]) -> None:
+        """The model was shrunk in place since `detach`: `transform({parameter name: tensor})` slices tensors alike.
+        Collective. From here on only what stays (zeros that could not be removed) is kept up."""
 
     def metrics(self) -> dict[str, float]:
         """Series to log, e.g. {"pruning/sparse_ratio": 0.4}. Local, cheap."""

@@ -18,6 +18,7 @@ LAYERS = [
     ["compose", "run_folder"],
     ["run"],
     ["outcome"],
+    ["outcome"],
     ["training", "export", "reporting"],
     ["pruning", "quantization", "distillation", "speedup", "backends", "models"],
     ["method"],

@@ -27,7 +27,7 @@ from dist_compress.training import checkpoint, determinism, optim
 from dist_compress.training.batchnorm import BatchNormTracker
 from dist_compress.training.data import Data
 from dist_compress.training.data.stream import Feed, Stream
-from dist_compress.training.evaluation import autocast, call, evaluate
+from dist_compress.training.evaluation import as_row, autocast, call, evaluate
 from dist_compress.training.schedule import LearningRate, run_length
 from dist_compress.training.signals import Interrupted, StopRequest
 from dist_compress.training.task import add_losses
@@ -37,8 +37,8 @@ class Trainer:
     """Trains `model` in place. Every method of it is collective."""
 
     def __init__(
-        self, config: Config, model: nn.Module, data: Data, task: Any, methods: Sequence[Method],
-        backend: Backend, projection: Projection, reporter: Any,
+        self, config: Config, model: nn.Module, data: Data, task: Any,
+        methods: Sequence[Method], backend: Backend, projection: Projection, reporter: Any,
     ) -> None:  # fmt: skip
         """`reporter.log(step, {series: value})` is called on every rank. Raises UserError for sizes, schedules
         and optimizers that do not fit."""
@@ -52,6 +52,8 @@ class Trainer:
         stream = Stream(num_samples, config.seed, train.global_batch_size, train.micro_batch_size)
         self.feed = Feed(data.train, stream, self.length.num_micro)
         self.step = 0
+        self.settled = False  # whether the decisions of this step boundary are taken
+        self.stop_agreed = False
         self.phase = "train"  # a word of the caller's, kept in the checkpoint
         self.stop = StopRequest()
         self._build()
@@ -72,24 +74,35 @@ class Trainer:
         optim.load_by_name(self.optimizer, self.names, {n: s for n, s in state.items() if n in left})
 
     def train(self, until: int) -> None:
-        """Optimizer steps up to step `until` (exclusive), with checkpoints and logs on the way.
+        """Optimizer steps up to step `until` (exclusive), with decisions, checkpoints and logs on the way.
 
-        Raises UserError when the loss is no number, and Interrupted (exit code 75) after SIGTERM or SIGUSR1
-        to any rank, once a checkpoint is written.
+        The decisions of boundary `until` itself are left to `settle` or the next call, so that the caller can
+        measure what was before them. Raises UserError when the loss is no number, and Interrupted (exit code 75)
+        after SIGTERM or SIGUSR1 to any rank, once a checkpoint is written.
         """
-        every = self.config.checkpoint.every_steps
         self.model.train()
-        self.projection.project()
         self._mark = (time.perf_counter(), self.step)
         with self.stop:
             while self.step < until:
+                self.settle()
                 means = self._one_step()
                 if self.step == until or self.step % self.config.train.log_every_steps == 0:
                     self._log(means)
-                if means["stop"] or (every and self.step % every == 0):
-                    self.save()
-                if means["stop"]:
-                    raise Interrupted()
+
+    def settle(self) -> None:
+        """What happens between two steps, once: decisions, projection, then the checkpoint that is due."""
+        if self.settled:
+            return
+        self.projection.restore()
+        for method in self.methods:
+            method.after_step(self.step - 1)
+        self.projection.project()
+        self.settled = True
+        every = self.config.checkpoint.every_steps
+        if self.stop_agreed or (every and self.step and self.step % every == 0):
+            self.save()
+        if self.stop_agreed:
+            raise Interrupted()
 
     def _one_step(self) -> dict[str, Any]:
         """Returns the step's loss and metrics, means over the global batch, the same on every rank."""
@@ -104,10 +117,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
         self.optimizer.step()
-        for method in self.methods:
-            method.after_step(step)
-        self.projection.project()
-        self.step += 1
+        self.step, self.settled = step + 1, False
+        self.stop_agreed = bool(means.pop("stop"))
         return means
 
     def _gradients(self, step: int) -> dict[str, Any]:
@@ -130,19 +141,11 @@ class Trainer:
             if live:
                 for method in self.methods:
                     method.after_backward(step, micro)
-            sums = {
-                **losses,
-                **self.task.metrics(output, batch),
-                "stop": torch.tensor(float(self.stop.requested)),
-            }
+            sums = {**losses, **self.task.metrics(output, batch), "stop": self.stop.requested}
             names = list(sums)
-            rows.append(
-                torch.cat([*(v.detach().double().view(1).to(records) for v in sums.values()), records])
-            )
+            rows.append(torch.cat([as_row(sums), records]))
         self.backend.finish_gradients()
-        total = comm.ordered_sum(
-            torch.stack(rows), num_micro
-        )  # the one flat collective of a step's statistics
+        total = comm.ordered_sum(torch.stack(rows), num_micro)  # one flat collective for all statistics
         means = dict(zip(names, (total[: len(names)] / count).tolist(), strict=True))
         optim.check_loss(means["loss"], step, self.config.optim)
         self.norms.commit(total[len(names) :])
@@ -152,11 +155,9 @@ class Trainer:
     def _log(self, means: dict[str, Any]) -> None:
         now, (then, before) = time.perf_counter(), self._mark
         self._mark = (now, self.step)
-        series = {f"train/{name}": float(value) for name, value in means.items() if name != "stop"}
+        series = {f"train/{name}": float(value) for name, value in means.items()}
         series["train/lr"] = self.rate(self.step - 1)
-        series["train/samples_per_s"] = (
-            self.feed.stream.global_batch_size * (self.step - before) / (now - then)
-        )
+        series["train/samples_per_s"] = self.feed.stream.global_batch_size * (self.step - before) / (now - then)
         for method in self.methods:
             series.update(method.metrics())
         self.reporter.log(self.step, series)
@@ -182,7 +183,7 @@ class Trainer:
         optim.load_by_name(self.optimizer, self.names, state["optim"])
         for method, saved in zip(self.methods, state["methods"], strict=True):
             method.load_state_dict(saved)
-        self.step = state["step"]
+        self.step, self.settled = state["step"], True
         self.projection.project()
 
     def save(self) -> Path | None:
@@ -190,9 +191,7 @@ class Trainer:
         if self.config.run_dir is None:
             return None
         meta = {"phase": self.phase, "config": asdict(self.config), "world_size": comm.world_size()}
-        return checkpoint.save(
-            Path(self.config.run_dir), self.step, self.state(), meta, self.config.checkpoint.keep
-        )
+        return checkpoint.save(Path(self.config.run_dir), self.step, self.state(), meta, self.config.checkpoint.keep)
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint, written at any number of ranks, of this model and configuration."""

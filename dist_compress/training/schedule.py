@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 
@@ -25,9 +26,7 @@ class RunLength:
 def run_length(config: Config, num_samples: int) -> RunLength:
     """Raises UserError when the batch sizes do not fit each other, the ranks or the data. Local."""
     train, size = config.train, comm.world_size()
-    batches = (
-        f"train.global_batch_size={train.global_batch_size}, train.micro_batch_size={train.micro_batch_size}"
-    )
+    batches = f"train.global_batch_size={train.global_batch_size}, train.micro_batch_size={train.micro_batch_size}"
     if train.micro_batch_size < 1 or train.global_batch_size % max(train.micro_batch_size, 1):
         raise UserError(
             f"{batches}: the global batch must be a whole number of micro-batches of at least one sample. "
@@ -55,34 +54,46 @@ def run_length(config: Config, num_samples: int) -> RunLength:
         )
     per_epoch = num_samples / train.global_batch_size
     if train.max_steps is None and train.epochs < 0 or (train.max_steps or 0) < 0:
-        raise UserError(
-            f"train.max_steps={train.max_steps}, train.epochs={train.epochs}: give a length >= 0."
-        )
+        raise UserError(f"train.max_steps={train.max_steps}, train.epochs={train.epochs}: give a length >= 0.")
     total = math.ceil(train.epochs * per_epoch) if train.max_steps is None else train.max_steps
     return RunLength(num_micro, total, per_epoch)
 
 
 class LearningRate:
-    """`rate(step)`: linear warm-up, then constant, cosine (Loshchilov and Hutter 2017) or steps down."""
+    """`rate(step)`: linear warm-up, then constant, cosine or steps down; begun anew at every restart.
+
+    Cosine with warm restarts: Loshchilov and Hutter 2017 (arXiv:1608.03983).
+    """
 
     def __init__(self, config: OptimConfig, length: RunLength) -> None:
         if config.schedule not in SCHEDULES:
             raise UserError(f"optim.schedule={config.schedule!r}: choose from {', '.join(SCHEDULES)}.")
-        self.config, self.total = config, length.total_steps
+        self.config = config
 
-        def steps(value: float | str, key: str) -> int:
-            return duration(value, key, length.total_steps, length.steps_per_epoch)
+        def steps(values: list[float | str], key: str) -> list[int]:
+            return [
+                duration(v, f"optim.{key}[{i}]", length.total_steps, length.steps_per_epoch)
+                for i, v in enumerate(values)
+            ]
 
-        self.warmup = steps(config.warmup, "optim.warmup")
-        self.milestones = [steps(m, f"optim.milestones[{i}]") for i, m in enumerate(config.milestones)]
+        self.warmup = duration(config.warmup, "optim.warmup", length.total_steps, length.steps_per_epoch)
+        self.milestones = steps(config.milestones, "milestones")
+        self.begins = [0, *steps(config.restarts, "restarts"), max(length.total_steps, 1)]
+        if self.begins != sorted(self.begins):
+            raise UserError(
+                f"optim.restarts={config.restarts} are steps {self.begins[1:-1]} of {length.total_steps}: "
+                "give them in ascending order, within the run."
+            )
 
     def __call__(self, step: int) -> float:
         config = self.config
-        if step < self.warmup:
-            return config.lr * (step + 1) / self.warmup
+        piece = max(bisect.bisect_right(self.begins, step), 1)
+        begin, end = self.begins[piece - 1], self.begins[min(piece, len(self.begins) - 1)]
+        if step - begin < self.warmup:
+            return config.lr * (step - begin + 1) / self.warmup
         if config.schedule == "constant":
             return config.lr
         if config.schedule == "step":
-            return config.lr * config.gamma ** sum(step >= m for m in self.milestones)
-        done = min((step - self.warmup) / max(self.total - self.warmup, 1), 1.0)
+            return config.lr * config.gamma ** sum(begin + m <= step for m in self.milestones)
+        done = min((step - begin - self.warmup) / max(end - begin - self.warmup, 1), 1.0)
         return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1.0 + math.cos(math.pi * done))

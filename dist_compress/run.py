@@ -1,0 +1,237 @@
+"""The story of a run, in order. Every function here is collective: every rank calls it.
+
+    build -> trace, couple, attach -> train to the dense plateau -> measure -> compress while training
+    -> plan on rank 0, apply everywhere, verify -> fine-tune the small model -> evaluate -> export, check, report
+
+A run that was stopped goes on from the newest checkpoint of its folder, in the phase the checkpoint was written in.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_compress import backends, comm, export, models, pruning
+from dist_compress.config import Config
+from dist_compress.duration import duration
+from dist_compress.errors import UserError
+from dist_compress.method import Context
+from dist_compress.outcome import Outcome
+from dist_compress.projection import Projection
+from dist_compress.reporting.reporter import Reporter
+from dist_compress.speedup import Plan, apply, apply_to_state, couple, make_plan, verify
+from dist_compress.speedup.cost import resize_batch
+from dist_compress.target import Coupling
+from dist_compress.training import checkpoint, data, task
+from dist_compress.training.loop import Trainer
+from dist_compress.training.schedule import run_length
+
+SMALL = "fine-tune"  # the phase of a checkpoint written after the shrink
+
+
+def run(config: Config) -> None:
+    """Do what `config` says, in the folder `config.run_dir`. Collective.
+
+    Raises UserError for what the user can mend and RuntimeError when a promise is broken: masked and shrunk differ,
+    ranks disagree, an export does not load.
+    """
+    job = Job(config)
+    try:
+        if job.trainer.phase != SMALL:
+            job.train_dense()
+            job.compress()
+        job.fine_tune()
+        job.deliver()
+    except BaseException:
+        job.reporter.close(finished=False)
+        raise
+
+
+class Job:
+    """What the phases of a run hand on to each other. Built alike on every rank."""
+
+    def __init__(self, config: Config) -> None:
+        assert config.run_dir is not None
+        self.config, self.run_dir = config, Path(config.run_dir)
+        for name in config.export:
+            export.find(name)
+        self.data = data.build(config.data, config.seed)
+        self.task = task.build(config.task)
+        self.model = self.dense_model()
+        self.example = self.data.example(2)
+        self.length = run_length(config, self.data.train.num_samples)
+        self.projection = Projection(self.model)
+        self.methods = pruning.build(config)
+        self.plan: Plan | None = None
+        self.attach()
+        newest = checkpoint.latest(self.run_dir)
+        phase = checkpoint.read_meta(newest)["phase"] if newest else ""
+        if phase == SMALL:
+            self.detach(comm.on_rank0(lambda: _saved_plan(self.run_dir)))
+        self.reporter = Reporter(config, self.run_dir, self.length.total_steps, resumed=newest is not None)
+        self.outcome = Outcome(config, self.run_dir, self.example)
+        self.trainer = Trainer(
+            config, self.model, self.data, self.task, self.methods,
+            backends.load(config.backend.name)(config), self.projection, self.reporter,
+        )  # fmt: skip
+        if newest is not None:
+            self.trainer.resume(newest)
+            self.trainer.phase = phase
+            self.reporter.event(f"resumed at step {self.trainer.step} from {newest.name}", self.trainer.step)
+
+    def dense_model(self) -> nn.Module:
+        """The model as configured, the same on every rank; the data may say how many classes it needs. Local."""
+        model = models.build(self.config.model, self.data.num_classes, self.config.seed)
+        return self.placed(model)
+
+    def placed(self, model: nn.Module) -> nn.Module:
+        """On this rank's device, in the memory format of the run. Local."""
+        model = model.to(comm.device())
+        if self.config.train.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+    def attach(self) -> None:
+        """Trace the model on rank 0, hand the coupled units to every rank, attach the methods."""
+        if not self.methods:
+            return
+        coupling: Coupling = comm.on_rank0(lambda: couple(self.model, *self.example))
+        length = self.length
+        context = Context(
+            self.config, self.model, self.projection, coupling,
+            length.num_micro, length.total_steps, length.steps_per_epoch,
+        )  # fmt: skip
+        for method in self.methods:
+            method.attach(context)
+
+    def detach(self, plan: Plan | None) -> None:
+        """No decision follows: leave the zeros in the weights, slice them away by `plan`, keep the rest zero."""
+        for method in self.methods:
+            method.detach()
+        self.projection.finish()
+        if plan is not None:
+            self.plan = plan
+            self.placed(apply(self.model, plan))
+        for method in self.methods:
+            method.rebase(lambda tensors: apply_to_state(plan, tensors) if plan else tensors)
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the model as it is now, logged under the step boundary it stands at."""
+        metrics = self.trainer.evaluate()
+        self.reporter.log(self.trainer.step, {f"eval/{name}": value for name, value in metrics.items()})
+        return metrics
+
+    def train_dense(self) -> None:
+        """Up to the boundary at which the first decision falls; what the model is there is `before`."""
+        first, _ = self.change_window()
+        if self.trainer.step < first or not self.trainer.settled:
+            self.trainer.train(until=first)
+            self.outcome.before(self.model, self.evaluate())
+            self.reporter.event(self.outcome.line("before"), self.trainer.step)
+
+    def compress(self) -> None:
+        """Decide while training; then make the zeros disappear, here and in the optimizer's state."""
+        _, last = self.change_window()
+        self.trainer.train(until=last)
+        self.trainer.settle()
+        self.outcome.compressed(self.methods, self.evaluate())
+        self.reporter.event(self.outcome.line("masked"), self.trainer.step)
+        if self.methods and self.config.speedup.enabled:
+            self.shrink()
+        else:
+            self.detach(None)
+        self.trainer.phase = SMALL
+        self.trainer.save()
+
+    def change_window(self) -> tuple[int, int]:
+        """The step boundaries of the first decision and of the shrink (the last decision, or speedup.at)."""
+        length = self.length
+        steps = sorted({step + 1 for method in self.methods for step in method.change_steps()})
+        if not steps:
+            return length.total_steps, length.total_steps
+        at = self.config.speedup.at
+        if at is None:
+            return steps[0], steps[-1]
+        shrink = duration(at, "speedup.at", length.total_steps, length.steps_per_epoch)
+        if shrink < steps[-1]:
+            raise UserError(
+                f"speedup.at={at!r} is step {shrink}, before the last pruning decision at step {steps[-1]}. "
+                "Raise it, leave it null, or end pruning.schedule earlier."
+            )
+        return steps[0], shrink
+
+    def shrink(self) -> None:
+        """Rank 0 plans, every rank slices its own copy; masked and shrunk must agree on inputs nobody has seen."""
+        masked = copy.deepcopy(self.model)  # projected: with the zeros in it
+        plan: Plan = comm.on_rank0(lambda: make_plan(masked, *self.example))
+        comm.check_equal("fingerprint of the plan", plan.fingerprint(), self.trainer.step)
+        self.detach(plan)
+        difference = comm.on_rank0(lambda: self.difference(masked))
+        self.outcome.verified(difference, plan)
+        if not difference <= self.config.speedup.tolerance:
+            raise RuntimeError(
+                f"masked and shrunk model differ by {difference:.3g} (relative), more than speedup.tolerance="
+                f"{self.config.speedup.tolerance:g}: nothing is exported. The last checkpoint holds the masked model."
+            )
+        self.trainer.rebuild(lambda moments: apply_to_state(plan, moments))
+        comm.on_rank0(lambda: plan.save(self.run_dir))
+        self.outcome.shrunk(self.evaluate())
+        self.reporter.event(self.outcome.line("shrunk"), self.trainer.step)
+
+    def difference(self, masked: nn.Module) -> float:
+        """max|shrunk - masked| / max|masked| on noise and on held-out samples, at two batch sizes. Rank 0 only."""
+        worst = 0.0
+        generator = torch.Generator().manual_seed(self.config.seed)
+        for size in (2, 5):
+            real = self.data.example(size)
+            for inputs in (real, _noise_like(resize_batch(real, size), generator)):
+                worst = max(worst, verify(_outputs(masked, inputs), _outputs(self.model, inputs)))
+        return worst
+
+    def fine_tune(self) -> None:
+        self.trainer.train(until=self.length.total_steps)
+
+    def deliver(self) -> None:
+        """Evaluate, export, check what was exported, write the summary and the report."""
+        self.trainer.settle()
+        self.outcome.after(self.model, self.evaluate())
+        self.projection.finish()
+
+        def ship() -> None:
+            for name in self.config.export:
+                export.find(name).export(self.run_dir, self.model, self.plan, self.config, self.example)
+                self.outcome.exported(name, export.find(name).check(self.run_dir, self.model, self.example))
+            self.outcome.latencies(self.dense_model(), self.model)
+            self.reporter.summary(self.outcome.finish())
+
+        comm.on_rank0(ship)
+        self.reporter.close()
+
+
+def _saved_plan(run_dir: Path) -> Plan | None:
+    return Plan.load(run_dir) if (run_dir / "plan.json").is_file() else None
+
+
+def _outputs(model: nn.Module, inputs: Any) -> Any:
+    training = model.training
+    args, kwargs = inputs
+    try:
+        with torch.no_grad():
+            return model.eval()(*args, **kwargs)
+    finally:
+        model.train(training)
+
+
+def _noise_like(inputs: Any, generator: torch.Generator) -> Any:
+    """Normal noise for every floating point tensor of a nest; everything else as it is."""
+
+    def noise(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+            return leaf
+        return torch.randn(leaf.shape, generator=generator).to(leaf)
+
+    return torch.utils._pytree.tree_map(noise, inputs)
