@@ -54,12 +54,13 @@ def unit_masks(
 
 def check_aligned(model: nn.Module, settings: Sequence[Setting], masked: Mapping[str, object]) -> None:
     """Raise UserError unless every `align` names a masked parameter of a fitting size. Local."""
+    names = owners(model)
     for setting in settings:
         if setting.align is None:
             continue
         source = f"{setting.align.module_name}.{setting.align.target_name}"
         said, dim = setting.said_by("align"), setting.align.dims[0]
-        if source not in masked:
+        if names.get(source) not in masked:
             known = ", ".join(list(masked)[:20]) or "none"
             raise UserError(f"{setting.module}: {said}: {source} is not masked by pruning. Masked: {known}.")
         shape = model.get_parameter(source).shape

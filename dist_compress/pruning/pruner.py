@@ -65,7 +65,7 @@ class Pruner(Method):
         self.budgets = self._budgets()
         for group in self.budgets.values():
             group.target(1.0)
-        masking.check_aligned(model, self.settings, self.masks())
+        masking.check_aligned(model, self.settings, self._target_masks())
         driven = [s for s in self.settings if not s.align and self.scorers[s.module].data_driven]
         self.schedule = decisions(
             self.config.schedule,
@@ -165,11 +165,15 @@ class Pruner(Method):
         """{parameter: bool, True = keep, broadcastable to it} of every parameter that may be masked."""
         if self.frozen is not None:
             return self.frozen
+        masks = self._target_masks()
+        masking.align(self.context.model, self.settings, masks)
+        return masks
+
+    def _target_masks(self) -> Masks:
         model = self.context.model
         masks = masking.unit_masks(model, self.sets, self.removed)
         for name, own in self.elements.masks(model).items():
             masks[name] = masks[name] & own if name in masks else own
-        masking.align(model, self.settings, masks)
         return masks
 
     def _put_on(self, step: int) -> str:

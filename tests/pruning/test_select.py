@@ -20,9 +20,7 @@ SCORES = {
     "few": lambda g: torch.randint(0, 4, (NUM,), generator=g).float(),
     "zeros": lambda g: torch.tensor([0.0, -0.0]).repeat(NUM // 2),
     "denormal": lambda g: torch.randn(NUM, generator=g) * 1e-40,
-    "removed": lambda g: torch.where(
-        torch.rand(NUM, generator=g) < 0.3, -torch.inf, torch.randn(NUM, generator=g)
-    ),
+    "removed": lambda g: torch.where(torch.rand(NUM, generator=g) < 0.3, -torch.inf, torch.randn(NUM, generator=g)),
     "bf16": lambda g: (torch.randn(NUM, generator=g) * 0.02).bfloat16().float().abs(),
 }
 
