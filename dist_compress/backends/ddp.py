@@ -28,9 +28,9 @@ class Ddp(Backend):
                 comm.broadcast(tensor)
         if self.exact or not comm.is_initialized():
             return model
-        # Buffers are ours to keep equal (training/batchnorm.py): DDP's broadcast would overwrite local
-        # records.
-        self.ddp = DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
+        self.ddp = DistributedDataParallel(model, init_sync=False)
+        # Buffers are ours to keep equal (training/batchnorm.py): DDP's broadcast would overwrite local records.
+        self.ddp.broadcast_buffers = False  # its argument's name differs between versions of torch
         self.ddp.register_comm_hook(None, comm.sum_hook)
         return self.ddp
 

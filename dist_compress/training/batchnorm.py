@@ -26,9 +26,7 @@ class BatchNormTracker:
     undoes it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.norms: list[Any] = [
-            m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None
-        ]
+        self.norms: list[Any] = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
         self.momenta = [m.momentum for m in self.norms]
         self.widths = [2 * m.num_features + 1 for m in self.norms]  # mean, variance, number of calls
         self.size = sum(self.widths)
@@ -95,9 +93,7 @@ def use_sync_batchnorm(model: nn.Module) -> nn.Module:
     where torch has none, and for subclasses of BatchNorm whose own behaviour would be lost.
     """
     if any(p.device.type != "cuda" for p in model.parameters()):
-        raise UserError(
-            "train.sync_batchnorm=true: SyncBatchNorm runs on GPUs only. Set it to false on a CPU."
-        )
+        raise UserError("train.sync_batchnorm=true: SyncBatchNorm runs on GPUs only. Set it to false on a CPU.")
     plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     for name, module in model.named_modules():
         if isinstance(module, plain) and type(module) not in plain:

@@ -131,9 +131,7 @@ def check_model(folder: Path, saved: dict[str, torch.Tensor], model: nn.Module) 
     there = [(name, tuple(t.shape)) for name, t in saved.items()]
     here = [(name, tuple(t.shape)) for name, t in model.state_dict().items()]
     if there != here:
-        first = next(
-            (pair for pair in zip(there, here, strict=False) if pair[0] != pair[1]), (there[-1], here[-1])
-        )
+        first = next((pair for pair in zip(there, here, strict=False) if pair[0] != pair[1]), (there[-1], here[-1]))
         raise UserError(
             f"The checkpoint {folder} holds another model: {len(there)} tensors, here {len(here)}; first "
             f"difference "
@@ -144,9 +142,7 @@ def check_model(folder: Path, saved: dict[str, torch.Tensor], model: nn.Module) 
 def _flat(tree: Any, key: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict) or not tree:
         return {key: tree}
-    return {
-        k: v for name, sub in tree.items() for k, v in _flat(sub, f"{key}.{name}" if key else name).items()
-    }
+    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{key}.{name}" if key else name).items()}
 
 
 def _group() -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dist_compress import comm
-from dist_compress.training.data.split import Split
+from dist_compress.training.data.split import Split, prefetch
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -20,6 +20,12 @@ def call(model: nn.Module, inputs: Any) -> Any:
 def autocast(precision: str) -> AbstractContextManager[Any]:
     """Forward passes in bfloat16 where that is safe (`train.precision=bf16`). Local."""
     return torch.autocast(comm.device().type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def as_row(sums: dict[str, Any]) -> torch.Tensor:
+    """float64 [len(sums)] on the device of the run, from scalars of any kind. Local."""
+    values = [torch.as_tensor(v, dtype=torch.float64, device=comm.device()) for v in sums.values()]
+    return torch.stack(values).detach()
 
 
 @torch.no_grad()
@@ -38,13 +44,13 @@ def evaluate(model: nn.Module, split: Split, task: Any, batch_size: int, precisi
     for round in range(-(-num_batches // comm.world_size())):
         j = (round * comm.world_size() + comm.rank()) % num_batches  # a dummy repeats an early batch: ignored
         ids = torch.arange(j * batch_size, min((j + 1) * batch_size, split.num_samples))
+        prefetch(split, ids + comm.world_size() * batch_size, None)
         batch = split.batch(ids, None)
         with autocast(precision):
             output = call(model, batch["inputs"])
         sums = {"loss": task.loss(output, batch), **task.metrics(output, batch)}
         names = list(sums)
-        values = [torch.as_tensor(v, dtype=torch.float64, device=comm.device()) for v in sums.values()]
-        rows.append(torch.stack([*values, values[0].new_tensor(task.count(batch))]))
+        rows.append(as_row({**sums, "count": task.count(batch)}))
     model.train(was_training)
     total = comm.ordered_sum(torch.stack(rows), num_batches)
     return dict(zip(names, (total[:-1] / total[-1]).tolist(), strict=True))

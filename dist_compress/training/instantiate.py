@@ -17,8 +17,7 @@ def instantiate(target: dict[str, Any], key: str) -> Any:
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"{key}._target_={path!r}: cannot be imported ({error}). Give the dotted path of a callable on "
-            f"PYTHONPATH."
+            f"{key}._target_={path!r}: cannot be imported ({error}). Give the dotted path of a callable on PYTHONPATH."
         ) from None
     try:
         return function(**kwargs)

@@ -33,9 +33,7 @@ def build(config: OptimConfig, names: Names) -> torch.optim.Optimizer:
     optimizers = {
         name: value
         for name, value in vars(torch.optim).items()
-        if isinstance(value, type)
-        and issubclass(value, torch.optim.Optimizer)
-        and value is not torch.optim.Optimizer
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
     if config.name in REFUSED:
         raise UserError(
@@ -47,9 +45,7 @@ def build(config: OptimConfig, names: Names) -> torch.optim.Optimizer:
         choices = ", ".join(sorted(optimizers.keys() - REFUSED.keys()))
         raise UserError(f"optim.name={config.name!r}: no such optimizer. Available: {choices}.")
     accepted = list(inspect.signature(optimizers[config.name]).parameters)[1:]
-    if unknown := sorted(
-        config.kwargs.keys() - set(accepted) | config.kwargs.keys() & {"lr", "weight_decay"}
-    ):
+    if unknown := sorted(config.kwargs.keys() - set(accepted) | config.kwargs.keys() & {"lr", "weight_decay"}):
         allowed = [name for name in accepted if name not in ("lr", "weight_decay")]
         raise UserError(f"optim.kwargs.{unknown[0]}: {config.name} accepts {', '.join(allowed)} there.")
     kwargs = {"lr": config.lr, **config.kwargs}
@@ -76,9 +72,7 @@ def state_by_name(optimizer: torch.optim.Optimizer, names: Names) -> State:
 def transformed(state: State, transform: Transform) -> State:
     """`state` with `transform({parameter name: tensor})` applied to each kind of moment; scalars stay.
     Local."""
-    out: State = {
-        name: {k: v for k, v in values.items() if not _is_moment(v)} for name, values in state.items()
-    }
+    out: State = {name: {k: v for k, v in values.items() if not _is_moment(v)} for name, values in state.items()}
     for key in dict.fromkeys(k for values in state.values() for k in values):
         moments = {n: values[key] for n, values in state.items() if _is_moment(values.get(key))}
         for name, moment in transform(moments).items():

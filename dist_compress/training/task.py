@@ -46,9 +46,7 @@ class Classification:
         return {"accuracy": (logits(output).argmax(1) == batch["targets"]).sum()}
 
     def _cross_entropy(self, values: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
-        return F.cross_entropy(
-            values.float(), batch["targets"], reduction="sum", label_smoothing=self.label_smoothing
-        )
+        return F.cross_entropy(values.float(), batch["targets"], reduction="sum", label_smoothing=self.label_smoothing)
 
 
 def logits(output: Any) -> torch.Tensor:

@@ -73,15 +73,11 @@ def build(config: DataConfig, seed: int) -> Data:
 
 def _check(config: DataConfig) -> None:
     if config.source not in SOURCES:
-        raise UserError(
-            f"data.source={config.source!r}: choose from {', '.join(SOURCES)}, or give data._target_."
-        )
+        raise UserError(f"data.source={config.source!r}: choose from {', '.join(SOURCES)}, or give data._target_.")
     if config.augment not in augment.CHOICES:
         raise UserError(f"data.augment={config.augment!r}: choose from {', '.join(augment.CHOICES)}.")
     if config.image_size < 1:
-        raise UserError(
-            f"data.image_size={config.image_size}: give the side of the images in pixels, at least 1."
-        )
+        raise UserError(f"data.image_size={config.image_size}: give the side of the images in pixels, at least 1.")
     for key, values in (("mean", config.mean), ("std", config.std)):
         if len(values) not in (1, 3) or key == "std" and min(values) <= 0:
             raise UserError(

@@ -40,9 +40,7 @@ def crop_boxes(hashes: torch.Tensor) -> torch.Tensor:
     area = 0.08 + 0.92 * uniform(hashes, _AREA)
     aspect = torch.exp((2 * uniform(hashes, _ASPECT) - 1) * math.log(4 / 3))
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    return torch.stack(
-        [uniform(hashes, _X) * (1 - width), uniform(hashes, _Y) * (1 - height), width, height], dim=1
-    )
+    return torch.stack([uniform(hashes, _X) * (1 - width), uniform(hashes, _Y) * (1 - height), width, height], dim=1)
 
 
 def mirrored(hashes: torch.Tensor) -> torch.Tensor:
@@ -55,8 +53,8 @@ def resized_crop(images: torch.Tensor, hashes: torch.Tensor) -> torch.Tensor:
     left, top, width, height = crop_boxes(hashes).float().unbind(1)
     sign = torch.where(mirrored(hashes), -1.0, 1.0)
     zero = torch.zeros_like(left)
-    theta = torch.stack(
-        [sign * width, zero, 2 * left + width - 1, zero, height, 2 * top + height - 1], dim=1
-    ).view(-1, 2, 3)
+    theta = torch.stack([sign * width, zero, 2 * left + width - 1, zero, height, 2 * top + height - 1], dim=1).view(
+        -1, 2, 3
+    )
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)

@@ -97,9 +97,7 @@ def read_image(path: str, size: int, box: tuple[float, float, float, float] | No
                 image = _centre(image, size)
             pixels = np.asarray(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"data.root: the image {path} cannot be read ({error}). Replace or remove it."
-        ) from None
+        raise UserError(f"data.root: the image {path} cannot be read ({error}). Replace or remove it.") from None
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 

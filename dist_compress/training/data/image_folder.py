@@ -16,9 +16,7 @@ def load(config: DataConfig) -> tuple[Files, Files]:
     """(train, eval). Local; every rank reads the same tree. Raises UserError naming `data.root`."""
     root = Path(config.root or "")
     if not root.is_dir():
-        raise UserError(
-            f"data.root={config.root!r}: there is no such folder. Give the folder that holds train/."
-        )
+        raise UserError(f"data.root={config.root!r}: there is no such folder. Give the folder that holds train/.")
     held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or held_out is None:
         inside = ", ".join(sorted(os.listdir(root))[:8]) or "nothing"

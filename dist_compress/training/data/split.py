@@ -15,6 +15,7 @@ from dist_compress.config import DataConfig
 from dist_compress.training.data import augment
 from dist_compress.training.data.hashing import mix
 
+MAX_AHEAD = 4  # batches
 _AUGMENTATION = 0xA06  # purpose: keeps these hashes apart from those of other uses of the seed
 
 
@@ -29,6 +30,13 @@ class Split(Protocol):
         "ids": int64 [n]} on the device of the run, a pure function of the arguments.
         """
         ...
+
+
+def prefetch(split: Split, ids: torch.Tensor, epoch: torch.Tensor | int | None) -> None:
+    """Tell a split that can read ahead what will be asked for soon; ids past its end are nothing. Local."""
+    start = getattr(split, "prefetch", None)
+    if start is not None and (ids < split.num_samples).all():
+        start(ids, epoch)
 
 
 class Transform:
@@ -51,9 +59,7 @@ class Transform:
 class MemorySplit:
     """uint8 images on the device of the run, augmented there: what makes small images fast."""
 
-    def __init__(
-        self, images: torch.Tensor, targets: torch.Tensor, num_classes: int, transform: Transform
-    ) -> None:
+    def __init__(self, images: torch.Tensor, targets: torch.Tensor, num_classes: int, transform: Transform) -> None:
         """`images`: uint8 [n, 3, S, S]; `targets`: int64 [n]."""
         self.images, self.targets = images.to(transform.device), targets.to(transform.device)
         self.num_samples, self.num_classes, self.transform = len(images), num_classes, transform
@@ -89,7 +95,11 @@ class DecodedSplit:
 
     def prefetch(self, ids: torch.Tensor, epoch: torch.Tensor | int | None) -> None:
         """Start decoding a batch that will be asked for soon. Local."""
-        self.ahead[self._key(ids, epoch)] = self._start(ids, epoch)
+        key = self._key(ids, epoch)
+        if key not in self.ahead:
+            self.ahead[key] = self._start(ids, epoch)
+        while len(self.ahead) > MAX_AHEAD:  # what was announced and never asked for
+            self.ahead.pop(next(iter(self.ahead)))
 
     def batch(self, ids: torch.Tensor, epoch: torch.Tensor | int | None) -> dict[str, Any]:
         futures = self.ahead.pop(self._key(ids, epoch), None) or self._start(ids, epoch)

@@ -14,7 +14,7 @@ import torch
 
 from dist_compress import comm
 from dist_compress.training.data.hashing import seed_of
-from dist_compress.training.data.split import Split
+from dist_compress.training.data.split import Split, prefetch
 
 _ORDER = 0x04D  # purpose of the seed
 
@@ -50,12 +50,9 @@ class Feed:
     def batch(self, step: int, micro: int) -> dict[str, Any]:
         """Micro-batch `micro` of `step`; for one that does not exist, this rank's first of the step.
         Local."""
-        prefetch = getattr(self.split, "prefetch", None)
-        if prefetch is not None:
-            step_ahead, micro_ahead = step, micro + comm.world_size()
-            if micro_ahead >= self.num_micro:
-                step_ahead, micro_ahead = step + 1, comm.rank()
-            prefetch(*self.stream.micro(step_ahead, micro_ahead))
+        ahead = micro + comm.world_size()
+        following = (step, ahead) if ahead < self.num_micro else (step + 1, comm.rank())
+        prefetch(self.split, *self.stream.micro(*following))
         return self.split.batch(*self.stream.micro(step, micro if micro < self.num_micro else comm.rank()))
 
     def global_count(self, task: Any, step: int) -> int:
