@@ -1,8 +1,9 @@
 """What a run hands out: one file of this folder per format, found by its name.
 
 A format is a module with
-    export(run_dir, model, plan, config, example)   writes the files; rank 0 only
-    check(run_dir, model, example) -> float         loads them again and compares outputs with `model`; rank 0 only
+    export(run_dir, model, plan, config, example)   writes the files
+    check(run_dir, model, example) -> float         loads them and compares outputs with those of `model`
+both for rank 0 only. `example` is (args, kwargs) of a call.
 """
 
 from __future__ import annotations

@@ -30,9 +30,11 @@ log = logging.getLogger(__name__)
 def build(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
     """The model of `config` on the CPU, in training mode, initialised from `seed`. Local.
 
+    `num_classes`: those of the data; `config.num_classes` goes before it.
     Equal weights on every rank for an equal seed; the caller's random state is left alone. `config.weights`
     is not read here (see `load_weights`). Raises UserError for an unknown source, name or argument.
     """
+    num_classes = config.num_classes or num_classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.target is not None:
