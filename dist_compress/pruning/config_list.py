@@ -51,16 +51,15 @@ class Setting:
     align: Align | None = None
     method: str = ""
     options: dict[str, Any] = field(default_factory=dict)
-    entries: dict[str, int] = field(
-        default_factory=dict
-    )  # key -> entry that set it; "" -> the last that matched
+    entries: dict[str, int] = field(default_factory=dict)  # key -> entry that set it; "" -> the last that matched
 
     def said_by(self, key: str) -> str:
         """Where the value of `key` comes from, for messages."""
         if key in self.entries:
             return f"{_ROOT}[{self.entries[key]}].{key}={getattr(self, key)!r}"
-        inherited = f"pruning.{key}" if key in ("sparse_ratio", "method", "options") else f"{key} by default"
-        return f"{inherited}={getattr(self, key)!r}"
+        if key in ("sparse_ratio", "method", "options"):
+            return f"pruning.{key}={getattr(self, key)!r}"
+        return f"{key}={getattr(self, key)!r} by default"
 
 
 _VALUES = tuple(f.name for f in fields(Setting) if f.name not in ("module", "entries"))
@@ -72,9 +71,7 @@ def resolve(config: PruningConfig, model: nn.Module) -> list[Setting]:
     first = {id(module): name for name, module in modules.items()}
     names = {name: first[id(m)] for name, m in model.named_modules(remove_duplicate=False) if name}
     if not config.config_list:
-        raise UserError(
-            f"{_ROOT} is empty: add an entry such as {{op_types: [Conv2d]}}, or set pruning.method=null."
-        )
+        raise UserError(f"{_ROOT} is empty: add an entry such as {{op_types: [Conv2d]}}, or set pruning.method=null.")
     merged: dict[str, Setting] = {}
     for number, entry in enumerate(config.config_list):
         values = _check_entry(entry, number)
@@ -114,9 +111,7 @@ def _complete(setting: Setting, config: PruningConfig) -> None:
         asked = [key for key in ("sparse_ratio", "global_group_id") if key in setting.entries]
         if asked:
             said = " and ".join(setting.said_by(key) for key in asked)
-            raise UserError(
-                f"{setting.module}: {said} contradict {setting.said_by('align')}: it follows that mask."
-            )
+            raise UserError(f"{setting.module}: {said} contradict {setting.said_by('align')}: it follows that mask.")
         return
     if "sparse_ratio" not in setting.entries:
         if config.sparse_ratio is None:
@@ -132,8 +127,7 @@ def _complete(setting: Setting, config: PruningConfig) -> None:
     low, high = setting.min_sparse_ratio, setting.max_sparse_ratio
     if low > high:
         raise UserError(
-            f"{setting.module}: {setting.said_by('min_sparse_ratio')} is above "
-            f"{setting.said_by('max_sparse_ratio')}."
+            f"{setting.module}: {setting.said_by('min_sparse_ratio')} is above {setting.said_by('max_sparse_ratio')}."
         )
     if setting.global_group_id is None and not low <= setting.sparse_ratio <= high:
         raise UserError(
@@ -194,9 +188,7 @@ def _check_entry(entry: dict[str, Any], number: int) -> dict[str, Any]:
         if key in values:
             values[key] = _ratio(values[key], f"{where}.{key}", below_one=key != "max_sparse_ratio")
     if values.get("granularity", "element") not in GRANULARITIES:
-        raise UserError(
-            f"{where}.granularity={values['granularity']!r}: allowed are {', '.join(GRANULARITIES)}."
-        )
+        raise UserError(f"{where}.granularity={values['granularity']!r}: allowed are {', '.join(GRANULARITIES)}.")
     for key in ("global_group_id", "dependency_group_id"):
         if key in values:
             values[key] = None if values[key] in (None, "none") else str(values[key])
@@ -226,9 +218,7 @@ def _align(value: Any, key: str) -> Align:
     return Align(str(value["module_name"]), str(value["target_name"]), dims)
 
 
-def _select(
-    entry: dict[str, Any], number: int, modules: dict[str, nn.Module], names: dict[str, str]
-) -> list[str]:
+def _select(entry: dict[str, Any], number: int, modules: dict[str, nn.Module], names: dict[str, str]) -> list[str]:
     """The modules an entry is about: they have a weight of two or more dimensions, or any weight to be
     aligned."""
     where = f"{_ROOT}[{number}]"
@@ -254,9 +244,7 @@ def _select(
     return [name for name in modules if name in fit]
 
 
-def _match(
-    wanted: list[str], key: str, where: str, modules: dict[str, nn.Module], names: dict[str, str]
-) -> set[str]:
+def _match(wanted: list[str], key: str, where: str, modules: dict[str, nn.Module], names: dict[str, str]) -> set[str]:
     """Modules named by one selector. Each of its values must name at least one."""
     found: set[str] = set()
     for value in wanted:
@@ -270,9 +258,7 @@ def _match(
             except re.error as error:
                 raise UserError(f"{where}.{key}={value!r} is no regular expression: {error}.") from None
         if not hits:
-            raise UserError(
-                f"{where}.{key}={value!r} matches no module; {_inventory(value, key, modules, names)}"
-            )
+            raise UserError(f"{where}.{key}={value!r} matches no module; {_inventory(value, key, modules, names)}")
         found |= hits
     return found
 

@@ -37,9 +37,7 @@ class Elements:
     """All element targets. `removed` is the decision so far: {parameter: bool, flat}, the same on every
     rank."""
 
-    def __init__(
-        self, settings: Sequence[Setting], model: nn.Module, coupling: Coupling, compute: str
-    ) -> None:
+    def __init__(self, settings: Sequence[Setting], model: nn.Module, coupling: Coupling, compute: str) -> None:
         names, starts = owners(model), offsets(model)
         macs = {layer.fqn: layer.macs for layer in coupling.layers}
         self.removed: dict[str, torch.Tensor] = {}
@@ -58,14 +56,10 @@ class Elements:
             self.removed[name] = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
             in_macs = compute == "macs" and setting.global_group_id is not None
             if in_macs and macs.get(setting.module, 0) < weight.numel():
-                raise UserError(
-                    f"pruning.compute=macs: the trace has no MACs for {setting.module}. Use params."
-                )
+                raise UserError(f"pruning.compute=macs: the trace has no MACs for {setting.module}. Use params.")
             cost = macs[setting.module] // weight.numel() if in_macs else 1
             tensor = ElementTensor(name, weight.numel(), starts[name], cost, setting)
-            group = (
-                f"global_group_id={setting.global_group_id!r}" if setting.global_group_id else setting.module
-            )
+            group = f"global_group_id={setting.global_group_id!r}" if setting.global_group_id else setting.module
             self.groups.setdefault(group, []).append(tensor)
         for tensors in self.groups.values():
             _target(tensors, 1.0)

@@ -22,9 +22,7 @@ from dist_compress.target import Member
 class Gates:
     """Collects `metric.gate_statistic` of every data-driven unit set. Local but for `means`."""
 
-    def __init__(
-        self, model: nn.Module, sets: Sequence[UnitSet], metrics: Sequence[Metric], num_micro: int
-    ) -> None:
+    def __init__(self, model: nn.Module, sets: Sequence[UnitSet], metrics: Sequence[Metric], num_micro: int) -> None:
         """`metrics[i]` belongs to `sets[i]`; all are data-driven."""
         self.sets, self.metrics, self.num_micro = sets, metrics, num_micro
         self._latest: dict[tuple[int, int], torch.Tensor] = {}
@@ -45,9 +43,7 @@ class Gates:
             for name, uses in by_parameter.items()
         ]
 
-    def _hook(
-        self, parameter: nn.Parameter, uses: list[tuple[int, int, Member]]
-    ) -> Callable[[torch.Tensor], None]:
+    def _hook(self, parameter: nn.Parameter, uses: list[tuple[int, int, Member]]) -> Callable[[torch.Tensor], None]:
         @torch.no_grad()
         def keep(grad: torch.Tensor) -> None:
             product = grad.detach() * parameter.detach()

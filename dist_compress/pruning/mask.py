@@ -29,9 +29,7 @@ def offsets(model: nn.Module) -> dict[str, int]:
     return starts
 
 
-def unit_masks(
-    model: nn.Module, sets: Sequence[UnitSet], removed: Sequence[torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def unit_masks(model: nn.Module, sets: Sequence[UnitSet], removed: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """{parameter: bool, True = keep, of size 1 in the dims nothing is removed from} of all that the sets
     may mask."""
     names = owners(model)
@@ -68,9 +66,7 @@ def check_aligned(model: nn.Module, settings: Sequence[Setting], masked: Mapping
             raise UserError(f"{setting.module}: {said}: {source} has {len(shape)} dimensions.")
         own = model.get_parameter(f"{setting.module}.weight").shape[0]
         if own != shape[dim]:
-            raise UserError(
-                f"{setting.module}: {said}: dimension {dim} of {source} is {shape[dim]}, not {own}."
-            )
+            raise UserError(f"{setting.module}: {said}: dimension {dim} of {source} is {shape[dim]}, not {own}.")
 
 
 def align(model: nn.Module, settings: Sequence[Setting], masks: dict[str, torch.Tensor]) -> None:

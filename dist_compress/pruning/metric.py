@@ -28,9 +28,7 @@ class View:
     num_units: int
     scored: tuple[Member, ...]  # the weight slices that belong to the targets
     latent: Callable[[str], torch.Tensor]  # parameter by name, uncompressed
-    statistic: torch.Tensor | None = (
-        None  # float64 [num_units]: mean of `gate_statistic` since the last decision
-    )
+    statistic: torch.Tensor | None = None  # float64 [num_units]: mean of `gate_statistic` since the last decision
 
     def weights(self) -> list[torch.Tensor]:
         """For each scored weight, [num_units, elements of a unit]: its slices, flattened."""

@@ -44,9 +44,7 @@ class Pruner(Method):
 
     def __init__(self, config: Config) -> None:
         self.config = config.pruning
-        self.history: list[
-            tuple[int, float, str]
-        ] = []  # (optimizer steps taken, sparse ratio so far, fingerprint)
+        self.history: list[tuple[int, float, str]] = []  # (optimizer steps taken, sparse ratio so far, fingerprint)
         self.frozen: Masks | None = None  # the masks of a model that was shrunk since
 
     def attach(self, context: Context) -> None:
@@ -58,9 +56,7 @@ class Pruner(Method):
         self.elements = Elements(self.settings, model, context.coupling, self.config.compute)
         if not self.sets and not self.elements.groups:
             reasons = "; ".join(f"{k.module}: {k.reason}" for k in self.kept[:10])
-            raise UserError(
-                f"pruning.config_list: no target can be pruned. {reasons}. Add what they are coupled with."
-            )
+            raise UserError(f"pruning.config_list: no target can be pruned. {reasons}. Add what they are coupled with.")
         self.removed = [torch.zeros(s.num_units, dtype=torch.bool) for s in self.sets]
         self.budgets = self._budgets()
         for group in self.budgets.values():
@@ -83,9 +79,7 @@ class Pruner(Method):
     def _budgets(self) -> dict[str, Budget]:
         """One for each global group of channels."""
         budgets = {}
-        for gid in dict.fromkeys(
-            s.setting.global_group_id for s in self.sets if s.setting.global_group_id is not None
-        ):
+        for gid in dict.fromkeys(s.setting.global_group_id for s in self.sets if s.setting.global_group_id is not None):
             sets = [s for s in self.sets if s.setting.global_group_id == gid]
             modules = [s.module for s in self.settings if s.global_group_id == gid and not s.align]
             context = self.context
@@ -226,9 +220,7 @@ class Pruner(Method):
         left whole."""
         return {
             "fingerprint/masks": self.history[-1][2] if self.history else "",
-            "decisions": [
-                {"step": t, "ratio": ratio, "fingerprint": mark} for t, ratio, mark in self.history
-            ],
+            "decisions": [{"step": t, "ratio": ratio, "fingerprint": mark} for t, ratio, mark in self.history],
             "groups": results.groups(self.sets, self.removed, self.budgets, self.elements),
             "asked_but_kept": results.asked_but_kept(self.kept, self.settings, self.sets, self.removed),
         }
@@ -257,9 +249,7 @@ class Pruner(Method):
             return
         elements = {name: state["elements"].get(name) for name in self.elements.removed}
         known = state["units"].numel() == sum(len(r) for r in self.removed)
-        if not known or any(
-            e is None or e.shape != self.elements.removed[n].shape for n, e in elements.items()
-        ):
+        if not known or any(e is None or e.shape != self.elements.removed[n].shape for n, e in elements.items()):
             raise UserError(
                 "The checkpoint was written with another pruning.config_list or model. Resume with the "
                 "config that lies "

@@ -25,9 +25,7 @@ def groups(
     elements."""
     rows = []
     for gid, group in budgets.items():
-        mine = [
-            gone.numpy() for s, gone in zip(sets, removed, strict=True) if s.setting.global_group_id == gid
-        ]
+        mine = [gone.numpy() for s, gone in zip(sets, removed, strict=True) if s.setting.global_group_id == gid]
         total = group.cost([gone & False for gone in mine])
         given = float((total - group.cost(mine)) / total)
         rows.append(_row(f"global_group_id={gid}", group.unit, group.sets[0].setting.sparse_ratio, given))
@@ -41,9 +39,7 @@ def groups(
 
 
 def _row(name: str, unit: str, asked: float, given: float) -> Row:
-    reason = (
-        "" if asked == given else f"whole {unit if unit in ('channels', 'elements') else 'channels'} only"
-    )
+    reason = "" if asked == given else f"whole {unit if unit in ('channels', 'elements') else 'channels'} only"
     return {"name": name, "unit": unit, "asked": asked, "given": given, "reason": reason}
 
 

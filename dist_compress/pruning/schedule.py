@@ -42,13 +42,9 @@ def decisions(
     if number < 1:
         raise UserError(f"{_KEY}.num_decisions={number}: at least 1 decision is needed.")
     if schedule.name == "one_shot" and number != 1:
-        raise UserError(
-            f"{_KEY}.num_decisions={number}: one_shot decides once. Set it to 1, or name=linear or agp."
-        )
+        raise UserError(f"{_KEY}.num_decisions={number}: one_shot decides once. Set it to 1, or name=linear or agp.")
     if number > 1 and end < start:
-        raise UserError(
-            f"{_KEY}.end={schedule.end} (step {end}) lies before start={schedule.start} (step {start})."
-        )
+        raise UserError(f"{_KEY}.end={schedule.end} (step {end}) lies before start={schedule.start} (step {start}).")
     if max(start, end) > total_steps:
         raise UserError(
             f"{_KEY}: the last decision lies at step {max(start, end)}, but the run has {total_steps}. "
@@ -67,9 +63,7 @@ def decisions(
     return _leave_a_step(plan, schedule, total_steps, data_driven)
 
 
-def _leave_a_step(
-    plan: dict[int, float], schedule: ScheduleConfig, total_steps: int, method: str
-) -> dict[int, float]:
+def _leave_a_step(plan: dict[int, float], schedule: ScheduleConfig, total_steps: int, method: str) -> dict[int, float]:
     """A start that rounds to step 0 in a short run means step 1 for a method that needs gradients; 0
     itself is refused."""
     if not method or 0 not in plan:
@@ -93,13 +87,9 @@ def _curve(name: str) -> Callable[[float], float]:
     try:
         curve = getattr(importlib.import_module(module), function) if module else None
     except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"{_KEY}.name={name!r}: {error}. Allowed: {', '.join(_CURVES)}, or pkg.module.f."
-        ) from None
+        raise UserError(f"{_KEY}.name={name!r}: {error}. Allowed: {', '.join(_CURVES)}, or pkg.module.f.") from None
     if curve is None or not callable(curve):
-        raise UserError(
-            f"{_KEY}.name={name!r}: no such schedule. Allowed: {', '.join(_CURVES)}, or pkg.module.f."
-        )
+        raise UserError(f"{_KEY}.name={name!r}: no such schedule. Allowed: {', '.join(_CURVES)}, or pkg.module.f.")
     return curve  # type: ignore[return-value]
 
 

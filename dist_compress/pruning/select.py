@@ -47,9 +47,7 @@ class Group:
     target: int  # remove the shortest prefix with at least this cost
     modules: Sequence[str]
     shards: Sequence[Shard]  # any order, any number of a module
-    bounds: dict[str, tuple[int, int]] = field(
-        default_factory=dict
-    )  # module -> fewest, most elements removed
+    bounds: dict[str, tuple[int, int]] = field(default_factory=dict)  # module -> fewest, most elements removed
 
 
 @dataclass
@@ -230,9 +228,7 @@ def _radix(queries: list[_Query], digits: Sequence[int]) -> None:
             q.limit = (q.limit[0], ((last >> index_bits) << 48) | (last & (2**index_bits - 1)))
 
 
-def _descend(
-    queries: list[_Query], digits: list[torch.Tensor], bits: int, last: bool = False
-) -> list[_Query]:
+def _descend(queries: list[_Query], digits: list[torch.Tensor], bits: int, last: bool = False) -> list[_Query]:
     """One digit: `digits[q]` are those of the alive. Returns the queries it settles; `last` settles all.
     Collective."""
     histogram = torch.stack([_histogram(q, d, 2**bits) for q, d in zip(queries, digits, strict=True)])

@@ -35,9 +35,7 @@ def count_bounds(num: int, setting: Setting, fraction: float) -> tuple[int, int]
     """Fewest and most units to remove by min_ and max_sparse_ratio. Until the last decision the least
     rounds down."""
     low = share(setting.min_sparse_ratio, fraction) * num
-    return math.ceil(low) if fraction == 1 else math.floor(low), math.floor(
-        share(setting.max_sparse_ratio) * num
-    )
+    return math.ceil(low) if fraction == 1 else math.floor(low), math.floor(share(setting.max_sparse_ratio) * num)
 
 
 @dataclass
@@ -166,24 +164,18 @@ def budget(
     elif compute == "macs":
         layers = [_macs(c, position, alone, sets) for c in coupling.layers if c.fqn in set(modules)]
         if not layers:
-            raise UserError(
-                f"pruning.compute=macs: the trace has no MACs for {', '.join(modules)}. Use params."
-            )
+            raise UserError(f"pruning.compute=macs: the trace has no MACs for {', '.join(modules)}. Use params.")
     else:
         layers = _params(sets, model, modules)
     return Budget(name, sets, layers, compute)
 
 
-def _macs(
-    cost: LayerCost, position: dict[int, int], alone: dict[str, int], sets: Sequence[UnitSet]
-) -> LayerCost:
+def _macs(cost: LayerCost, position: dict[int, int], alone: dict[str, int], sets: Sequence[UnitSet]) -> LayerCost:
     """A layer's cost with factors that name positions in the group; units decided elsewhere count as
     whole."""
     if cost.fqn in alone:
         i = alone[cost.fqn]
-        return LayerCost(
-            cost.fqn, cost.macs, ((0.0, ((i, torch.ones(sets[i].num_units, dtype=torch.float64)),)),)
-        )
+        return LayerCost(cost.fqn, cost.macs, ((0.0, ((i, torch.ones(sets[i].num_units, dtype=torch.float64)),)),))
     factors = []
     for fixed, parts in cost.factors:
         inside = tuple((position[g], weight) for g, weight in parts if g in position)
@@ -203,9 +195,7 @@ def _params(sets: Sequence[UnitSet], model: nn.Module, modules: Sequence[str]) -
         for name, parameter in model.get_submodule(module).named_parameters(recurse=False):
             factors = []
             for dim, uses in members.get(f"{module}.{name}", {}).items():
-                parts = tuple(
-                    (i, torch.full((len(m.index),), m.index.shape[1], dtype=torch.float64)) for i, m in uses
-                )
+                parts = tuple((i, torch.full((len(m.index),), m.index.shape[1], dtype=torch.float64)) for i, m in uses)
                 fixed = parameter.shape[dim] - sum(float(weight.sum()) for _, weight in parts)
                 factors.append((fixed, parts))
             layers.append(LayerCost(module, parameter.numel(), tuple(factors)))

@@ -61,17 +61,13 @@ class Kept:
     num_channels: int  # of the target, in all
 
 
-def collect(
-    settings: list[Setting], coupling: Coupling, model: nn.Module
-) -> tuple[list[UnitSet], list[Kept]]:
+def collect(settings: list[Setting], coupling: Coupling, model: nn.Module) -> tuple[list[UnitSet], list[Kept]]:
     """The unit sets of all channel targets, and the targets that cannot be pruned. Raises UserError."""
     targets = {s.module: s for s in settings if not s.align and s.granularity != "element"}
     sets, kept = [], []
     for role, granularity in (("producer", "out_channel"), ("consumer", "in_channel")):
         coupled = {
-            name: s
-            for name, s in targets.items()
-            if s.granularity == granularity and s.dependency_group_id == "auto"
+            name: s for name, s in targets.items() if s.granularity == granularity and s.dependency_group_id == "auto"
         }
         for index, group in enumerate(coupling.groups):
             found = _coupled_set(index, group, role, coupled, model)
@@ -109,15 +105,13 @@ def _coupled_set(
         return []
     for setting in chosen[1:]:
         check_agree(chosen[0], setting, _AGREE, "dependency_group_id")
-    missing = [name for name in modules if name not in targets and not _follows(model, group, name)]
+    missing = [name for name in modules if name not in targets and not _follows(model, group, role, name)]
     if group.blocked or missing:
         reason = group.blocked or f"coupled with {', '.join(missing)}, which is not a target"
         return [Kept(setting.module, reason, _num_channels(model, setting)) for setting in chosen]
     names = tuple(setting.module for setting in chosen)
     scored = tuple(
-        m
-        for m in group.members
-        if m.role == role and m.module in names and model.get_parameter(m.fqn).dim() > 1
+        m for m in group.members if m.role == role and m.module in names and model.get_parameter(m.fqn).dim() > 1
     )
     masked = tuple(m for m in group.members if m.role in ("producer", "affine", role))
     gates = _gates(group)
@@ -227,12 +221,10 @@ def _gates(group: UnitGroup) -> tuple[Member, ...]:
     (Were such a producer followed by a norm after all, its sum(w * dL/dw) would be zero and do no harm.)
     """
     followed = affine_after(group)
-    return tuple(
-        m for m in group.members if m.role == "affine" or (m.role == "producer" and m.module not in followed)
-    )
+    return tuple(m for m in group.members if m.role == "affine" or (m.role == "producer" and m.module not in followed))
 
 
-def _follows(model: nn.Module, group: UnitGroup, name: str) -> bool:
+def _follows(model: nn.Module, group: UnitGroup, role: str, name: str) -> bool:
     """Whether a module passes units on, one by one: a depthwise convolution, or a vector that is added to
     them."""
     module: Any = model.get_submodule(name)
@@ -241,5 +233,5 @@ def _follows(model: nn.Module, group: UnitGroup, name: str) -> bool:
     return all(
         model.get_parameter(m.fqn).numel() == m.index.numel()
         for m in group.members
-        if m.module == name and m.role == "producer"
+        if m.module == name and m.role == role
     )
