@@ -9,8 +9,8 @@ from torch import nn
 
 from dist_compress import comm
 from dist_compress.errors import UserError
+from dist_compress.hashing import splitmix64
 from dist_compress.pruning.config_list import Setting
-from dist_compress.pruning.select import mix64
 from dist_compress.pruning.units import UnitSet
 
 
@@ -89,7 +89,7 @@ def align(model: nn.Module, settings: Sequence[Setting], masks: dict[str, torch.
 
 
 def fingerprint(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> str:
-    """16 hex digits: the sum of mix64(global index) over removed elements, mod 2^64.
+    """16 hex digits: the sum of splitmix64(global index) over removed elements, mod 2^64.
 
     It depends on neither world size, sharding nor how a mask is broadcast. Local.
     """
@@ -97,7 +97,7 @@ def fingerprint(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> str:
     for name, mask in masks.items():
         parameter = model.get_parameter(name)
         gone = (~mask).expand(parameter.shape).flatten().nonzero().flatten()
-        total += int(mix64(gone + starts[name]).sum())
+        total += int(splitmix64(gone + starts[name]).sum())
     return f"{total % 2**64:016x}"
 
 

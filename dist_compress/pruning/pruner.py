@@ -199,7 +199,9 @@ class Pruner(Method):
         """What stayed in the shrunk model masked (single weights, units that could not be removed) stays
         masked from here on. Between `detach` and the next step. Collective."""
         assert self.frozen is not None, "detach before a shrink"
-        self.frozen = transform({name: mask.contiguous() for name, mask in self.frozen.items()})
+        sliced = transform({name: mask.contiguous() for name, mask in self.frozen.items()})
+        model = self.context.model  # what the shrink folded into a masked bias is no zero any more
+        self.frozen = {name: mask | (model.get_parameter(name).detach() != 0) for name, mask in sliced.items()}
         self._put_on(self.history[-1][0] if self.history else 0)
 
     def sparse_ratio(self) -> float:

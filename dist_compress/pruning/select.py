@@ -21,6 +21,7 @@ import torch
 
 from dist_compress import comm
 from dist_compress.errors import UserError
+from dist_compress.hashing import splitmix64
 
 SCORE_DIGITS = (11, 11, 10)
 TIE_DIGIT = 11
@@ -82,18 +83,10 @@ def score_key(scores: torch.Tensor) -> torch.Tensor:
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64) + 2**31
 
 
-def mix64(x: torch.Tensor) -> torch.Tensor:
-    """splitmix64 on int64 [n], modulo 2^64."""
-    x = x + -7046029254386353131  # 0x9e3779b97f4a7c15
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * -4658895280553007687  # 0xbf58476d1ce4e5b9
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * -7723592293110705685  # 0x94d049bb133111eb
-    return x ^ ((x >> 31) & (2**33 - 1))
-
-
 def tie_key(index: torch.Tensor, index_bits: int = 48) -> torch.Tensor:
     """Global index int64 [n] -> 15 hash bits above the index: equal scores go all over the model, not from
     its start."""
-    return ((mix64(index) & (2**HASH_BITS - 1)) << index_bits) | index
+    return ((splitmix64(index) & (2**HASH_BITS - 1)) << index_bits) | index
 
 
 def select(groups: Sequence[Group], digits: Sequence[int] = SCORE_DIGITS) -> list[list[torch.Tensor]]:

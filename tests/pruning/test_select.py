@@ -6,7 +6,8 @@ import torch
 
 from dist_compress import comm
 from dist_compress.errors import UserError
-from dist_compress.pruning.select import Group, Shard, mix64, score_key, select, tie_key
+from dist_compress.hashing import splitmix64
+from dist_compress.pruning.select import Group, Shard, score_key, select, tie_key
 
 SIZES = (1200, 1, 799, 0, 500)  # elements of each module
 NUM = sum(SIZES)
@@ -52,7 +53,7 @@ def whole(shards: list[Shard], removed: list[torch.Tensor]) -> torch.Tensor:
 def oracle(scores: torch.Tensor, target: int, cost: torch.Tensor | None = None) -> torch.Tensor:
     """Stable sort in numpy, written from the definition of the order."""
     index = np.arange(NUM)
-    tie = (mix64(torch.arange(NUM)) & 0x7FFF).numpy()
+    tie = (splitmix64(torch.arange(NUM)) & 0x7FFF).numpy()
     order = np.lexsort((index, tie, (scores + 0.0).numpy()))
     cost_sorted = np.ones(NUM, int) if cost is None else cost.numpy()[order]
     pruned = int(np.isneginf(scores.numpy()).sum()) if cost is None else 0
