@@ -59,7 +59,9 @@ def test_all_ranks_share_a_folder_and_the_console_shows_rank_0(tmp_path):
 def test_a_fault_of_the_configuration_is_shown_once_and_stops_every_rank(tmp_path):
     done = command("train.max_stps=4", folder=tmp_path, ranks=2, stand_in="good")
     assert (done.stdout + done.stderr).count("error: train.max_stps: no such key.") == 1
-    assert exit_codes(done.stderr) == {0: 2, 1: 2} and not list(tmp_path.iterdir())
+    codes = exit_codes(done.stderr)
+    assert codes[0] == 2 and codes[1] in (2, -15)  # SIGTERM: torchrun was faster than rank 1's imports
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_fault_that_every_rank_meets_in_the_run_is_shown_once(tmp_path):
