@@ -86,15 +86,17 @@ def _run(config: Config) -> int:
 
 
 def _collective(error: BaseException) -> str:
-    """The function of comm.py that was called, and by whom; else the innermost place of ours."""
-    place = "a collective"
+    """The collective that failed, with the line that called comm.py; else the innermost place of ours."""
+    place, called_at, collective = "", "", ""
     frames = traceback.extract_tb(error.__traceback__)
     for caller, frame in zip(frames, frames[1:], strict=False):
-        if frame.filename.endswith(os.path.join("dist_compress", "comm.py")):
-            return f"comm.{frame.name}, called at {os.path.basename(caller.filename)}:{caller.lineno}"
         if f"{os.sep}dist_compress{os.sep}" in frame.filename:
-            place = f"{frame.name} at {os.path.basename(frame.filename)}:{frame.lineno}"
-    return place
+            place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+            if frame.filename.endswith("comm.py") and not called_at:
+                called_at = f"{os.path.basename(caller.filename)}:{caller.lineno}"
+        elif frame.filename.endswith("distributed_c10d.py"):
+            collective = frame.name
+    return f"{collective or 'a collective'}, called at {called_at or place}"
 
 
 def _device() -> str:
