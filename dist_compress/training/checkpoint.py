@@ -59,8 +59,10 @@ def save(run_dir: Path, step: int, state: dict[str, Any], meta: dict[str, Any], 
         with _told(f"run_dir={str(run_dir)!r}: the checkpoint of step {step} cannot be written"):
             _write(draft / "state.json", tree)
             _write(draft / "meta.json", {**meta, "step": step, "files": _digests(draft)})
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():  # the same step again, after a shrink: two renames, so that it is never half gone
+                os.replace(final, parent / f".writing_replaced_{step:08d}")
             os.replace(draft, final)
+            shutil.rmtree(parent / f".writing_replaced_{step:08d}", ignore_errors=True)
             for old in _complete(parent)[: -max(keep, 1)]:
                 shutil.rmtree(old, ignore_errors=True)
 

@@ -9,7 +9,7 @@ import torch
 
 from dist_compress.config import TrainConfig
 from dist_compress.errors import UserError
-from dist_compress.training.data.hashing import seed_of
+from dist_compress.hashing import seed_of
 
 _RANDOM = 0x54E  # purpose of the seed
 

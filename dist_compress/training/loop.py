@@ -94,6 +94,7 @@ class Trainer:
         if self.settled:
             return
         self.projection.restore()
+        determinism.seed_for(self.config.seed, self.step, -1)  # what methods draw is the same on every rank
         for method in self.methods:
             method.after_step(self.step - 1)
         self.projection.project()
@@ -149,7 +150,6 @@ class Trainer:
         means = dict(zip(names, (total[: len(names)] / count).tolist(), strict=True))
         optim.check_loss(means["loss"], step, self.config.optim)
         self.norms.commit(total[len(names) :])
-        determinism.seed_for(self.config.seed, step, num_micro)  # what methods draw is the same on every rank
         return means
 
     def _log(self, means: dict[str, Any]) -> None:

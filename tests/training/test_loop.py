@@ -349,6 +349,7 @@ def lifted() -> tuple[bool, bool, bool]:
     mask[:3] = 1.0
     t.projection.add("conv1.weight", "mask", lambda latent: latent * mask)
     t.train(2)
+    t.settle()
     zero = not t.model.conv1.weight[3:].any()  # type: ignore[index, union-attr]
     saved = bool(t.state()["model"]["conv1.weight"][3:].all())
     return zero, saved, not t.model.conv1.weight[3:].any()  # type: ignore[index, union-attr]

@@ -13,7 +13,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from dist_compress.training.data.hashing import below, uniform
+from dist_compress.hashing import below, uniform
 
 CHOICES = ("none", "pad_crop", "pad_crop_flip", "random_resized_crop")
 _X, _Y, _FLIP, _AREA, _ASPECT = range(1, 6)  # purposes of the draws

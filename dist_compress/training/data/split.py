@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from dist_compress.config import DataConfig
+from dist_compress.hashing import mix
 from dist_compress.training.data import augment
-from dist_compress.training.data.hashing import mix
 
 MAX_AHEAD = 4  # batches
 _AUGMENTATION = 0xA06  # purpose: keeps these hashes apart from those of other uses of the seed

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dist_compress import comm
-from dist_compress.training.data.hashing import seed_of
+from dist_compress.hashing import seed_of
 from dist_compress.training.data.split import Split, prefetch
 
 _ORDER = 0x04D  # purpose of the seed
