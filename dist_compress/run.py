@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from dist_compress import backends, comm, export, models, pruning
 from dist_compress.config import Config
@@ -41,7 +42,7 @@ def run(config: Config) -> None:
     """
     job = Job(config)
     try:
-        if job.trainer.phase != SMALL:
+        if job.methods and job.trainer.phase != SMALL:
             job.train_dense()
             job.compress()
         job.fine_tune()
@@ -62,6 +63,8 @@ class Job:
         self.data = data.build(config.data, config.seed)
         self.task = task.build(config.task)
         self.model = self.dense_model()
+        if config.model.weights is not None:
+            models.load_weights(self.model, config.model.weights)
         self.example = self.data.example(2)
         self.length = run_length(config, self.data.train.num_samples)
         self.projection = Projection(self.model)
@@ -140,7 +143,7 @@ class Job:
         self.trainer.settle()
         self.outcome.compressed(self.methods, self.evaluate())
         self.reporter.event(self.outcome.line("masked"), self.trainer.step)
-        if self.methods and self.config.speedup.enabled:
+        if self.config.speedup.enabled:
             self.shrink()
         else:
             self.detach(None)
@@ -151,8 +154,6 @@ class Job:
         """The step boundaries of the first decision and of the shrink (the last decision, or speedup.at)."""
         length = self.length
         steps = sorted({step + 1 for method in self.methods for step in method.change_steps()})
-        if not steps:
-            return length.total_steps, length.total_steps
         at = self.config.speedup.at
         if at is None:
             return steps[0], steps[-1]
@@ -198,7 +199,10 @@ class Job:
     def deliver(self) -> None:
         """Evaluate, export, check what was exported, write the summary and the report."""
         self.trainer.settle()
-        self.outcome.after(self.model, self.evaluate())
+        metrics = self.evaluate()
+        if not self.methods:  # plain training, or evaluation alone
+            self.outcome.before(self.model, metrics)
+        self.outcome.after(self.model, metrics)
         self.projection.finish()
 
         def ship() -> None:
@@ -234,4 +238,4 @@ def _noise_like(inputs: Any, generator: torch.Generator) -> Any:
             return leaf
         return torch.randn(leaf.shape, generator=generator).to(leaf)
 
-    return torch.utils._pytree.tree_map(noise, inputs)
+    return tree_map(noise, inputs)
