@@ -69,6 +69,9 @@ class Pruner(Method):
             context.steps_per_epoch,
             driven[0].method if driven else "",
         )
+        first, *later = sorted(self.schedule)
+        # Each decision hears the steps since the one before it, and the first as many.
+        self.listen_from = max(first - (later[0] - first), 0) if later else 0
         self.driven = [i for i, s in enumerate(self.sets) if self.scorers[s.targets[0]].data_driven]
         self.gates: Gates | None = None
         if self.driven:
@@ -95,7 +98,7 @@ class Pruner(Method):
             self.gates.forget()
 
     def after_backward(self, step: int, micro: int) -> None:
-        if self.gates is not None and self.gates.active:
+        if self.gates is not None and self.gates.active and step >= self.listen_from:
             self.gates.add(micro)
 
     def before_step(self, step: int) -> None:
