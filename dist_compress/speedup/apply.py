@@ -20,30 +20,23 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     Modules are the same objects; parameters are new `Parameter`s (dtype, device, requires_grad and ties as before),
     so optimizers and wrappers have to be built anew. Raises UserError when the plan is of another model.
     """
-    done: dict[int, torch.Tensor] = {}
+    owners = {fqn: _owner(model, fqn) for fqn in plan.keep}
+    old = {fqn: _tensor(fqn, *owners[fqn]) for fqn in plan.keep}  # all of them before the first changes: ties
+    new: dict[int, torch.Tensor] = {}
     for fqn, dims in plan.keep.items():
-        owner, name = _owner(model, fqn)
-        old = getattr(owner, name)
-        if not isinstance(old, torch.Tensor):
-            raise _mismatch(fqn, f"is {type(old).__name__} here")
-        if id(old) not in done:
-            done[id(old)] = old  # keeps `old` alive, so that its id stays its own
-            done[-id(old)] = _replacement(old, _slice(fqn, old.detach(), dims))
-        if name in owner._parameters:
-            owner._parameters[name] = done[-id(old)]
-        else:
-            owner._buffers[name] = done[-id(old)]
+        if id(old[fqn]) not in new:
+            new[id(old[fqn])] = _replacement(old[fqn], _slice(fqn, old[fqn].detach(), dims))
+    for fqn, (owner, name) in owners.items():
+        setattr(owner, name, new[id(old[fqn])])
     for fqn, value in plan.bias.items():
         owner, name = _owner(model, fqn)
-        old = getattr(owner, name)
-        like = old if old is not None else owner.weight
-        new = value.to(device=like.device, dtype=like.dtype)
-        setattr(owner, name, nn.Parameter(new.clone(), requires_grad=like.requires_grad))
+        like = getattr(owner, name)
+        like = _tensor(fqn, owner, "weight") if like is None else like
+        bias = value.to(device=like.device, dtype=like.dtype)
+        setattr(owner, name, nn.Parameter(bias.clone(), requires_grad=like.requires_grad))
     for fqn, value in plan.attrs.items():
         owner, name = _owner(model, fqn)
-        old = getattr(owner, name)
         setattr(owner, name, value)
-        assert isinstance(old, int), (fqn, old)
     return model
 
 
@@ -69,6 +62,13 @@ def _owner(model: nn.Module, fqn: str) -> tuple[nn.Module, str]:
     return owner, name
 
 
+def _tensor(fqn: str, owner: nn.Module, name: str) -> torch.Tensor:
+    tensor = getattr(owner, name)
+    if not isinstance(tensor, torch.Tensor):
+        raise _mismatch(fqn, f"is {type(tensor).__name__} here")
+    return tensor
+
+
 def _mismatch(fqn: str, what: str) -> UserError:
     return UserError(
         f"The speedup plan does not fit this model: {fqn!r} {what}. "
@@ -89,5 +89,6 @@ def _slice(fqn: str, tensor: torch.Tensor, dims: Mapping[int, torch.Tensor]) -> 
 def _replacement(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
-        new.__dict__.update(old.__dict__)
+        for name, mark in vars(old).items():  # what users and frameworks hang on parameters
+            setattr(new, name, mark)
     return new

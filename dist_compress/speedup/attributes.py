@@ -63,7 +63,7 @@ def _head_counts(s: Structure, keep: Keep, modules: dict[str, nn.Module]) -> dic
     changes: dict[tuple[str, int], set[int]] = {}
     for op in s.trace.tape:
         if isinstance(rule_of(op), View):
-            for ref in (*op.inputs, *op.outputs):
+            for ref in (*op.inputs, op.out):
                 for var in s.dims(ref):
                     changes.setdefault((op.module, s.sizes[var]), set()).add(int(keep.kept[var].sum()))
     found = {}

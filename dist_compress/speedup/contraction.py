@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from dist_compress.speedup import sets
-from dist_compress.speedup.rule import Rule, Seen
+from dist_compress.speedup.rule import Rule, Seen, union
 from dist_compress.speedup.structure import Contraction, Structure
 from dist_compress.tracing import Op, Ref
 
@@ -23,7 +23,7 @@ class Matmul(Rule):
 
     def link(self, op: Op, s: Structure) -> None:
         a, b, bias = self.operands(op)
-        da, db, out = s.dims(a), s.dims(b), s.dims(op.outputs[0])
+        da, db, out = s.dims(a), s.dims(b), s.dims(op.out)
         s.same(out[-2], da[-2])
         s.same(out[-1], db[-1])
         s.same(da[-1], db[-2])
@@ -46,25 +46,25 @@ class Matmul(Rule):
         total = _or(
             (f.tainted(a), f.tainted(a).any(), lambda x: sets.matmul(x, f.nonzero(b))),
             (f.tainted(b), f.tainted(b).any(), lambda x: sets.matmul(f.nonzero(a), x)),
-            rank=len(f.shape(op.outputs[0])),
+            rank=len(f.shape(op.out)),
         )
         return [total if bias is None else total | f.tainted(bias)]
 
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
         a, b, bias = self.operands(op)
         if f.dependent(a):
-            yield a, sets.fit(sets.matmul(seen[0], f.nonzero(b).mT), f.shape(a))
+            yield a, sets.fit(sets.matmul(union(seen), f.nonzero(b).mT), f.shape(a))
         if f.dependent(b):
-            yield b, sets.fit(sets.matmul(f.nonzero(a).mT, seen[0]), f.shape(b))
+            yield b, sets.fit(sets.matmul(f.nonzero(a).mT, union(seen)), f.shape(b))
         if bias is not None:
-            yield bias, sets.fit(seen[0], f.shape(bias))
+            yield bias, sets.fit(union(seen), f.shape(bias))
 
 
 class Convolution(Rule):
     """aten.convolution. Channels are seen as (groups, channels of a group) on each side."""
 
     def link(self, op: Op, s: Structure) -> None:
-        x, w, out = op.inputs[0], op.inputs[1], op.outputs[0]
+        x, w, out = op.inputs[0], op.inputs[1], op.out
         dx, dw, do = s.dims(x), s.dims(w), s.dims(out)
         s.same(do[0], dx[0])
         for var in (*dx[2:], *dw[2:], *do[2:]):
@@ -86,7 +86,7 @@ class Convolution(Rule):
         s.contractions.append(Contraction(op, x, w, dx[1], factors, 1, groups))
 
     def _link_groups(self, op: Op, s: Structure, num_groups: int, transposed: bool) -> tuple[int, tuple[int, ...]]:
-        x, w, out = s.dims(op.inputs[0])[1], s.dims(op.inputs[1]), s.dims(op.outputs[0])[1]
+        x, w, out = s.dims(op.inputs[0])[1], s.dims(op.inputs[1]), s.dims(op.out)[1]
         group = s.new(num_groups)
         within_x, within_out = s.new(s.sizes[x] // num_groups), s.new(s.sizes[out] // num_groups)
         s.box([x], [group, within_x], op)
@@ -114,7 +114,7 @@ class Convolution(Rule):
     def _sizes(self, op: Op, f) -> tuple[int, int, int]:
         """(groups, outputs of a group, inputs of a group)."""
         g = op.arg("groups")
-        return g, f.shape(op.outputs[0])[1] // g, f.shape(op.inputs[0])[1] // g
+        return g, f.shape(op.out)[1] // g, f.shape(op.inputs[0])[1] // g
 
     def _channels(self, s: torch.Tensor, num_groups: int) -> torch.Tensor:
         """The set of data as [groups, channels of a group]."""
@@ -143,7 +143,7 @@ class Convolution(Rule):
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
         x, w = op.inputs[0], op.inputs[1]
         g, _, i = self._sizes(op, f)
-        observed = self._channels(seen[0], g)
+        observed = self._channels(union(seen), g)
         if f.dependent(x):
             s = (self._weight(f.nonzero(w), op, f) & observed[..., None]).any(1)
             yield x, self._spread(s, (g, i), len(f.shape(x)))

@@ -8,6 +8,7 @@ group. At the end random units of every group are masked on a copy and planned f
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -76,41 +77,51 @@ class _Units:
         return {v for v in self.roots if bool(held[self.start[v] : self.start[v] + s.sizes[v]].all())}
 
     def _resolve_boxes(self) -> None:
-        """Boxes with one free dim on each side tie its positions; with more, the outermost free dim is the unit."""
+        """Boxes with one free dim on each side tie its positions; a side that is pinned pins the other.
+
+        What is left is chosen in tape order, one at a time, since a choice clears the boxes behind it.
+        """
         waiting = list(self.structure.boxes)
         while waiting:
             pinned = self._pinned_vars()
-            clear = [b for b in waiting if self._free(b.a, pinned) <= 1 and self._free(b.b, pinned) <= 1]
-            if clear:
-                for box in clear:
-                    self._tie(box, pinned)
-                waiting = [b for b in waiting if b not in clear]
-                continue
-            for box in waiting:
-                for side in (box.a, box.b):
-                    for var in [v for v in side if v not in pinned][1:]:
-                        self.pinned.setdefault(var, box.reason)
+            free = [sorted(sum(v not in pinned for v in side) for side in (b.a, b.b)) for b in waiting]
+            clear = [b for b, (low, high) in zip(waiting, free, strict=True) if low == 0 or high == 1]
+            for box in clear:
+                self._tie(box, pinned)
+            waiting = [b for b in waiting if not any(b is c for c in clear)]
+            if not clear:
+                self._choose(waiting[0], pinned)
 
-    def _free(self, side: tuple[int, ...], pinned: set[int]) -> int:
-        return sum(var not in pinned for var in side)
+    def _choose(self, box: Box, pinned: set[int]) -> None:
+        """Of several free dims on a side, the unit is the outermost along which the units of the other side differ."""
+        sizes = self.structure.sizes
+        for side, other in ((box.a, box.b), (box.b, box.a)):
+            free = [v for v in side if v not in pinned]
+            if len(free) < 2:
+                continue
+            if len(other) == 1 and box.source is None:
+                label = self._label()[self.start[other[0]] :][: sizes[other[0]]]
+                grid = label.view([sizes[v] for v in side])
+                varying = [v for d, v in enumerate(side) if v in free and not torch.equal(grid, _first(grid, d))]
+                free = sorted(free, key=lambda v: v not in varying)
+            for var in free[1:]:
+                self.pinned.setdefault(var, "is an inner part of a dim that a view splits; the outer part is the unit")
 
     def _tie(self, box: Box, pinned: set[int]) -> None:
         s = self.structure
-        source = box.source
-        if source is None:
-            source = torch.arange(int(torch.tensor([s.sizes[v] for v in box.a]).prod()))
-        valid = (source >= 0).nonzero().flatten()
-        a, b = self._project(box.a, source[valid], pinned), self._project(box.b, valid, pinned)
-        if a is not None and b is not None:
-            self.edges.append((a, b))
-        else:  # one side is pinned altogether: so is the other
+        if all(v in pinned for v in box.a) or all(v in pinned for v in box.b):
             for var in (*box.a, *box.b):
                 self.pinned.setdefault(var, box.reason)
+            return
+        source = box.source
+        if source is None:
+            source = torch.arange(math.prod(s.sizes[v] for v in box.a))
+        valid = (source >= 0).nonzero().flatten()
+        self.edges.append((self._project(box.a, source[valid], pinned), self._project(box.b, valid, pinned)))
 
-    def _project(self, side: tuple[int, ...], elements: torch.Tensor, pinned: set[int]) -> torch.Tensor | None:
-        """The node on the free dim of `side` of each flat element, or None when no dim is free."""
-        stride = 1
-        node = None
+    def _project(self, side: tuple[int, ...], elements: torch.Tensor, pinned: set[int]) -> torch.Tensor:
+        """The node on the one free dim of `side` of each flat element."""
+        stride, node = 1, elements
         for var in reversed(side):
             size = self.structure.sizes[var]
             if var not in pinned:
@@ -162,6 +173,11 @@ class _Units:
             for unit in label[self.start[var] : self.start[var] + self.structure.sizes[var]].unique().tolist():
                 why.setdefault(unit, text)
         return why
+
+
+def _first(grid: torch.Tensor, dim: int) -> torch.Tensor:
+    """The first slice along `dim`, in the place of every slice."""
+    return grid.narrow(dim, 0, 1).expand_as(grid)
 
 
 def _roles(s: Structure) -> list[tuple[str, int, int, str]]:
@@ -239,7 +255,7 @@ def _costs(s: Structure, groups: list[tuple[UnitGroup, dict[int, torch.Tensor]]]
     for c in s.contractions:
         weight, _ = behind(s.trace, made_by, c.b)
         owner = s.trace.info(weight).fqn.rpartition(".")[0] if weight is not None else c.op.module
-        out = s.trace.info(c.op.outputs[0]).shape
+        out = s.trace.info(c.op.out).shape
         if c.op.name == "convolution":
             kernel = torch.Size(s.trace.info(c.b).shape[1:]).numel()
             positions = s.trace.info(c.a).shape if c.op.arg("transposed") else out

@@ -96,7 +96,7 @@ class BatchNorm(Rule):
     """In eval an affine map per channel; with batch statistics it mixes over everything but channels."""
 
     def link(self, op: Op, s: Structure) -> None:
-        x, out = op.inputs[0], op.outputs[0]
+        x, out = op.inputs[0], op.out
         for a, b in zip(s.dims(x), s.dims(out), strict=True):
             s.same(a, b)
         for ref in op.inputs[1:]:
@@ -132,7 +132,7 @@ class GroupNorm(Rule):
     def link(self, op: Op, s: Structure) -> None:
         x = op.inputs[0]
         dims = s.dims(x)
-        for a, b in zip(dims, s.dims(op.outputs[0]), strict=True):
+        for a, b in zip(dims, s.dims(op.out), strict=True):
             s.same(a, b)
         groups = op.arg("group")
         group, within = s.new(groups), s.new(s.sizes[dims[1]] // groups)
@@ -174,7 +174,7 @@ class Embedding(Rule):
     def link(self, op: Op, s: Structure) -> None:
         weight, indices = op.inputs[0], op.inputs[1]
         rows, features = s.dims(weight)
-        dims = s.dims(op.outputs[0])
+        dims = s.dims(op.out)
         s.same(dims[-1], features)
         for a, b in zip(s.dims(indices), dims[:-1], strict=True):
             s.same(b, a)
@@ -200,5 +200,3 @@ class Reduction(Dimwise):
 
 class Softmax(Dimwise):
     why = "normalises over it"
-
-

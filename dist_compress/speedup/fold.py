@@ -73,7 +73,7 @@ def _contribution(c: Contraction, s: Structure, facts: Facts, keep: Keep) -> tor
         total = torch.ops.aten.convolution(only, b.double(), None, *settings)
     else:
         total = only @ b.double()
-    out_var = s.dims(c.op.outputs[0])[c.result_dim]
+    out_var = s.dims(c.op.out)[c.result_dim]
     kept = keep.kept[out_var].nonzero().flatten().to(a.device)
     total = total.index_select(c.result_dim, kept)
     return total if bool((total != 0).any()) else None
@@ -94,7 +94,7 @@ def _fold(
     spread = (rows - rows[0]).abs().max()
     if float(spread) > _TOLERANCE * float(rows.abs().max()):
         return None
-    kept = keep.kept[s.dims(c.op.outputs[0])[c.result_dim]].nonzero().flatten().to(rows.device)
+    kept = keep.kept[s.dims(c.op.out)[c.result_dim]].nonzero().flatten().to(rows.device)
     bias = rows[0]
     if module.bias is not None:
         bias = bias + module.bias.detach().index_select(0, kept).double()

@@ -129,7 +129,8 @@ class Keep:
                 self._close_box(constraint)
 
     def _close_link(self, link: Link) -> None:
-        for a, ia, b, ib in ((link.a, link.index_a, link.b, link.index_b), (link.b, link.index_b, link.a, link.index_a)):
+        one, other = (link.a, link.index_a), (link.b, link.index_b)
+        for (a, ia), (b, ib) in ((one, other), (other, one)):
             fresh = self.kept[b][ib] & ~self.kept[a][ia]
             if bool(fresh.any()):
                 self.cause[a][ia[fresh]] = self.cause[b][ib[fresh]]
@@ -153,5 +154,3 @@ class Keep:
             sizes = [self.structure.sizes[v] for v in variables]
             for var, vector in zip(variables, sets.sides(grid, sizes), strict=True):
                 self.grow(var, vector, box.reason)
-
-

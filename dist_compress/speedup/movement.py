@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dist_compress.speedup import sets
-from dist_compress.speedup.rule import Rule, Seen, rank
+from dist_compress.speedup.rule import Rule, Seen, rank, union
 from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import Op, Ref
 from dist_compress.tracing.tape import map_tensors
@@ -158,14 +158,14 @@ class View(Rule):
     """view, reshape, flatten, unflatten: the same elements in the same order."""
 
     def link(self, op: Op, s: Structure) -> None:
-        s.view(op.inputs[0], op.outputs[0], op)
+        s.view(op.inputs[0], op.out, op)
 
     def taint(self, op: Op, f) -> list[torch.Tensor]:
-        a, b = op.inputs[0], op.outputs[0]
+        a, b = op.inputs[0], op.out
         return [sets.reshape(f.tainted(a), f.shape(a), f.shape(b))]
 
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
-        yield op.inputs[0], sets.reshape(seen[0], f.shape(op.outputs[0]), f.shape(op.inputs[0]))
+        yield op.inputs[0], sets.reshape(union(seen), f.shape(op.out), f.shape(op.inputs[0]))
 
 
 class Move(Rule):
@@ -181,11 +181,14 @@ class Move(Rule):
         if any(s.trace.info(ref).dependent for ref in op.inputs[1:]):
             return Rule.link(self, op, s)
         shape = s.trace.info(op.inputs[0]).shape
-        for out, dim_map in zip(op.outputs, self.maps(op, shape, constants), strict=True):
+        for position, dim_map in enumerate(self.maps(op, shape, constants)):
+            out = op.outputs[position]
+            if out is None:
+                continue
             if dim_map is not None:
                 dim_map.link(op.inputs[0], out, s, op, self.indexed)
                 continue
-            source = self._elements(op, shape, constants)[op.outputs.index(out)]
+            source = self._elements(op, shape, constants)[position]
             s.box(s.dims(op.inputs[0]), s.dims(out), op, source.flatten())
 
     def _elements(self, op: Op, shape: tuple[int, ...], constants: dict[int, torch.Tensor]) -> list[torch.Tensor]:
@@ -197,13 +200,13 @@ class Move(Rule):
         if any(f.dependent(ref) for ref in op.inputs[1:]):
             return super().taint(op, f)
         s, shape = f.tainted(source), f.shape(source)
-        if s.numel() == 1:
-            if type(self) is not Pad:
-                return [sets.uniform(rank(ref, f), bool(s)) for ref in op.outputs]
+        if s.numel() == 1 and type(self) is not Pad:
+            return [sets.uniform(rank(ref, f), bool(s)) for ref in op.outputs]
         constants = {ref.id: f.value(ref).cpu() for ref in op.inputs[1:]}
         maps = self.maps(op, shape, constants)
-        if None not in maps:
-            return [m.push(s, shape) for m in maps]
+        known = [m.push(s, shape) for m in maps if m is not None]
+        if len(known) == len(maps):
+            return known
         elements = self._elements(op, shape, constants)
         flat = s.expand(shape).reshape(-1)
         return [sets.compress(flat[e.clamp(min=0)] & (e >= 0)) for e in elements]
@@ -267,7 +270,7 @@ class Cat(Rule):
         return parts
 
     def link(self, op: Op, s: Structure) -> None:
-        out = op.outputs[0]
+        out = op.out
         dims = s.dims(out)
         axis = op.arg("dim") % len(dims)
         for ref, offset, size in self._parts(op, lambda r: s.trace.info(r).shape):
@@ -279,7 +282,7 @@ class Cat(Rule):
             s.link(own[axis], index, dims[axis], index + offset)
 
     def taint(self, op: Op, f) -> list[torch.Tensor]:
-        axis = op.arg("dim") % rank(op.outputs[0], f)
+        axis = op.arg("dim") % rank(op.out, f)
         parts = [(f.tainted(ref), size) for ref, _, size in self._parts(op, f.shape)]
         if all(sets.is_all(s) for s, _ in parts):
             return [parts[0][0]]
@@ -288,26 +291,28 @@ class Cat(Rule):
         return [torch.cat(wide, axis)]
 
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
-        axis = op.arg("dim") % rank(op.outputs[0], f)
+        axis = op.arg("dim") % rank(op.out, f)
+        total = union(seen)
         for ref, offset, size in self._parts(op, f.shape):
-            yield ref, seen[0] if seen[0].size(axis) == 1 else seen[0].narrow(axis, offset, size)
+            yield ref, total if total.size(axis) == 1 else total.narrow(axis, offset, size)
 
 
 class Stack(Rule):
     """A new dim, one position per input."""
 
     def link(self, op: Op, s: Structure) -> None:
-        dims = list(s.dims(op.outputs[0]))
+        dims = list(s.dims(op.out))
         s.pin(dims.pop(op.arg("dim") % len(dims)), "has one position per input", op)
         for ref in op.inputs:
             for a, b in zip(s.dims(ref), dims, strict=True):
                 s.same(b, a)
 
     def taint(self, op: Op, f) -> list[torch.Tensor]:
-        axis = op.arg("dim") % rank(op.outputs[0], f)
+        axis = op.arg("dim") % rank(op.out, f)
         return [torch.stack(list(torch.broadcast_tensors(*map(f.tainted, op.inputs))), axis)]
 
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
-        axis = op.arg("dim") % rank(op.outputs[0], f)
+        axis = op.arg("dim") % rank(op.out, f)
+        total = union(seen)
         for position, ref in enumerate(op.inputs):
-            yield ref, seen[0].select(axis, position if seen[0].size(axis) > 1 else 0)
+            yield ref, total.select(axis, position if total.size(axis) > 1 else 0)

@@ -71,8 +71,7 @@ class Plan:
             content = json.loads((folder / "plan.json").read_text())
             tensors = load_file(folder / "plan.safetensors")
             keep = {
-                fqn: {int(dim): tensors[f"keep/{fqn}/{dim}"] for dim in dims}
-                for fqn, dims in content["kept"].items()
+                fqn: {int(dim): tensors[f"keep/{fqn}/{dim}"] for dim in dims} for fqn, dims in content["kept"].items()
             }
             bias = {fqn: tensors[f"bias/{fqn}"] for fqn in content["bias"]}
             plan = cls(keep, content["attrs"], bias, [Blocked(**item) for item in content["blocked"]])

@@ -27,8 +27,9 @@ from dist_compress.tracing import Ref, Trace, TraceError, trace
 def make_plan(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Plan:
     """The plan that removes what the zeros of `model` allow, exactly. Rank 0 only; broadcast the result.
 
-    `model` is unwrapped and holds masked weights (exact zeros); it is left as it was. `args`, `kwargs`: an example input;
-    small ones make planning quick. Zero slices that have to stay are in `Plan.blocked`, with the op that keeps them.
+    `model` is unwrapped and holds masked weights (exact zeros); it is left as it was. `args`, `kwargs`: an example
+    input; a small one makes planning quick. Zero slices that have to stay are in `Plan.blocked`, with the op that
+    keeps them.
     """
     recorded = trace(model, args, kwargs, values=True)
     structure = build(recorded, model)
@@ -57,9 +58,8 @@ def _extract(s: Structure, facts: Facts, keep: Keep, model: nn.Module, bias: dic
         dims = {d: index for d, index in dims.items() if len(index) < info.shape[d]}
         if dims:
             kept |= {fqn: dims for fqn in info.all_fqns}
-    order = {fqn: i for i, fqn in enumerate([*dict(model.named_parameters(remove_duplicate=False)),
-                                             *dict(model.named_buffers(remove_duplicate=False))])}
-    kept = {fqn: kept[fqn] for fqn in sorted(kept, key=order.__getitem__)}
+    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    kept = {fqn: kept[fqn] for names in named for fqn, _ in names if fqn in kept}
     return Plan(kept, attributes(s, keep, model), bias, _blocked(s, facts, keep))
 
 

@@ -62,7 +62,8 @@ class Structure:
     links: list[Link] = field(default_factory=list)
     boxes: list[Box] = field(default_factory=list)
     pins: dict[int, str] = field(default_factory=dict)
-    roles: dict[tuple[int, int], str] = field(default_factory=dict)  # (ref id, dim) -> producer | added | affine | consumer
+    # (ref id, dim) -> producer | added | affine | consumer
+    roles: dict[tuple[int, int], str] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
     whole_groups: dict[int, int] = field(default_factory=dict)  # GroupNorm weight ref id -> variable of its groups
     _dims: dict[int, list[int]] = field(default_factory=dict)
@@ -129,7 +130,12 @@ class Structure:
         ]
         self.contractions = [
             Contraction(
-                c.op, c.a, c.b, self.find(c.contracted), tuple(map(self.find, c.factors)), c.result_dim,
+                c.op,
+                c.a,
+                c.b,
+                self.find(c.contracted),
+                tuple(map(self.find, c.factors)),
+                c.result_dim,
                 None if c.groups is None else self.find(c.groups),
             )
             for c in self.contractions

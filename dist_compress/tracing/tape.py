@@ -50,6 +50,12 @@ class Op:
         name = self.target._schema.name.split("::")[1]
         return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
+    @property
+    def out(self) -> Ref:
+        """The first output."""
+        assert self.outputs[0] is not None, self.target
+        return self.outputs[0]
+
     def arg(self, name: str, default: Any = None) -> Any:
         """The argument called `name` in the schema, or its schema default, or `default`."""
         for position, argument in enumerate(self.target._schema.arguments):

@@ -163,7 +163,8 @@ class _Recorder(TorchDispatchMode):
         ] + [
             kwargs[argument.name]
             for argument in func._schema.arguments
-            if argument.alias_info is not None and argument.alias_info.is_write
+            if argument.alias_info is not None
+            and argument.alias_info.is_write
             and isinstance(kwargs.get(argument.name), torch.Tensor)
         ]
         self._before_write(written)
@@ -172,8 +173,7 @@ class _Recorder(TorchDispatchMode):
         dependent = any(self.trace.tensors[ref.id].dependent for ref in inputs)
         leaves = list(result) if isinstance(result, (tuple, list)) else [result]
         outputs = tuple(
-            self._new(leaf, "value", dependent=dependent) if isinstance(leaf, torch.Tensor) else None
-            for leaf in leaves
+            self._new(leaf, "value", dependent=dependent) if isinstance(leaf, torch.Tensor) else None for leaf in leaves
         )
         self._after_write(written)
         self.trace.tape.append(Op(func, call_args, call_kwargs, inputs, outputs, self._module()))

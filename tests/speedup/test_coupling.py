@@ -1,0 +1,116 @@
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dist_compress.speedup import couple
+
+
+def by_name(coupling):
+    return {group.name: group for group in coupling.groups}
+
+
+def members(group):
+    return {(m.fqn, m.dim, m.role): m.index.tolist() for m in group.members}
+
+
+def test_roles_of_a_chain():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4, 2))
+    coupling = couple(model, (torch.randn(1, 3, 4, 4),))
+    group = by_name(coupling)["0"]
+    each = [[0], [1], [2], [3]]
+    assert members(group) == {
+        ("0.weight", 0, "producer"): each,
+        ("0.bias", 0, "producer"): each,
+        ("1.weight", 0, "affine"): each,
+        ("1.bias", 0, "affine"): each,
+        ("4.weight", 1, "consumer"): [[4 * c + i for i in range(4)] for c in range(4)],
+    }
+    assert group.num_units == 4 and not group.blocked and group.producers() == ["0"]
+    assert by_name(coupling)["4"].blocked == "is an output of the model"
+
+
+def test_residual_ties_producers_and_depthwise_passes_through():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+            self.expand, self.project = nn.Conv2d(8, 12, 1), nn.Conv2d(12, 8, 1)
+            self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.last(x + self.project(F.relu(self.depthwise(self.expand(x)))))
+
+    groups = by_name(couple(Block(), (torch.randn(1, 3, 6, 6),)))
+    assert groups["stem"].producers() == ["stem", "project"]
+    assert groups["expand"].producers() == ["expand", "depthwise"]
+    assert ("depthwise.weight", 0, "producer") in members(groups["expand"])
+    assert not groups["stem"].blocked and not groups["expand"].blocked
+
+
+def test_grouped_conv_ties_the_same_position_of_each_group():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, groups=2), nn.Conv2d(6, 2, 1))
+    groups = by_name(couple(model, (torch.randn(1, 3, 6, 6),)))
+    assert members(groups["0"])[("0.weight", 0, "producer")] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert members(groups["0"])[("1.weight", 1, "consumer")] == [[0], [1], [2], [3]]
+    assert members(groups["1"])[("1.weight", 0, "producer")] == [[0, 3], [1, 4], [2, 5]]
+
+
+class Attention(nn.Module):
+    """Heads by an attribute, so that removing one can be followed."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 3, nn.Linear(12, 36), nn.Linear(12, 12)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, 4)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_a_head_is_one_unit():
+    group = by_name(couple(Attention(), (torch.randn(2, 5, 12),)))["qkv"]
+    assert group.num_units == 3 and not group.blocked
+    head = [part * 12 + 4 + i for part in range(3) for i in range(4)]
+    assert members(group)[("qkv.weight", 0, "producer")][1] == head
+    assert members(group)[("proj.weight", 1, "consumer")][1] == [4, 5, 6, 7]
+
+
+def test_what_cannot_go_is_blocked_with_the_reason():
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    groups = by_name(couple(model, (torch.randn(1, 4),)))
+    assert groups["0"].blocked == "native_layer_norm in 1 normalises over it"
+    assert not groups["2"].blocked
+
+
+def test_a_literal_size_in_user_code_blocks_its_group():
+    class Literal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x).view(x.shape[0], 8, -1).mean(-1))
+
+    groups = by_name(couple(Literal(), (torch.randn(1, 3, 4, 4),)))
+    assert "holds this size" in groups["a"].blocked
+
+
+def test_a_leak_that_nothing_folds_blocks_its_group():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid(), nn.Conv2d(4, 2, 3, padding=1))
+    groups = by_name(couple(model, (torch.randn(1, 3, 4, 4),)))
+    assert "cannot fold" in groups["0"].blocked
+
+
+def test_weights_that_start_at_zero_do_not_matter():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    nn.init.zeros_(model[2].weight)
+    assert not by_name(couple(model, (torch.randn(1, 4),)))["0"].blocked
+
+
+def test_costs_are_per_sample():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 4, 2))
+    coupling = couple(model, (torch.randn(5, 3, 4, 4),))
+    assert [(layer.fqn, layer.macs) for layer in coupling.layers] == [("0", 3 * 4 * 9 * 4), ("2", 32)]
+    fixed, parts = coupling.layers[1].factors[-1]
+    assert fixed == 0 and parts[0][1].tolist() == [4.0] * 4
