@@ -43,7 +43,7 @@ class DataConfig:
     std: list[float] = field(default_factory=lambda: [0.5])
     augment: str = "none"  # none | pad_crop | pad_crop_flip | random_resized_crop
     in_memory: bool | None = None  # None: when the decoded set is at most 2 GiB
-    num_workers: int = 2  # decoding processes per rank when not in memory
+    num_workers: int = 2  # decoding threads per rank when not in memory
     target: dict[str, Any] | None = None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from ranks import RankError
@@ -119,3 +121,14 @@ def test_the_pool_tells_which_rank_failed_and_goes_on(ranks, how, words):
     with pytest.raises(RankError, match=f"(?s)rank 1 of 2: .*{words}"):
         ranks(2, break_down, how)
     assert ranks(2, break_down, "not at all") == [0, 1]
+
+
+def test_the_pool_shows_where_a_rank_hangs(ranks):
+    with pytest.raises(RankError, match=r"(?s)rank 1 of 2 hung: .*test_comm\.py.* in hang"):
+        ranks(2, hang, timeout_s=2.0)
+    assert ranks(2, break_down, "not at all") == [0, 1]
+
+
+def hang() -> None:
+    if comm.rank() == 1:
+        time.sleep(30)

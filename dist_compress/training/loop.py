@@ -1,10 +1,8 @@
-"""The training loop. It knows no technique: methods add losses, read gradients and change weights through
-hooks.
+"""The training loop. It knows no technique: methods add losses, read gradients and change weights in hooks.
 
 Micro-batch j of a step is computed by rank j mod N, and every rank makes ceil(M / N) rounds; in the last one
 some ranks may have no micro-batch and run a dummy, weighted zero, that touches no statistic. Losses are sums
-over the samples divided by the count of the global batch, so no number depends on how many ranks share the
-work.
+over the samples divided by the count of the global batch: no number depends on how many ranks share the work.
 """
 
 from __future__ import annotations
