@@ -116,7 +116,7 @@ class _Recorder(TorchDispatchMode):
         self.current: dict[int, Ref] = {}  # id(tensor) -> its newest value
         self.held: dict[int, torch.Tensor] = {}  # keeps the tensors alive, or ids would be reused
         self.storages: dict[int, list[int]] = {}  # storage -> ids of the tensors that share it
-        self.stale: dict[int, Ref] = {}  # id(tensor) -> what was written to its storage through another tensor
+        self.stale: dict[int, torch.Tensor] = {}  # id(tensor) -> the other tensor through which it was written to
         self._add_state(model)
 
     def _add_state(self, model: nn.Module) -> None:
@@ -200,10 +200,12 @@ class _Recorder(TorchDispatchMode):
         if key not in self.current:
             return self._new(tensor, "const")
         if key in self.stale:
-            source, old = self.stale.pop(key), self.current[key]
+            writer, old = self.stale.pop(key), self.current[key]
+            source = self.current[id(writer)]
             dependent = self.trace.info(source).dependent or self.trace.info(old).dependent
             new = self._new(tensor, "value", dependent=dependent)
-            args = (old, source, list(tensor.shape), list(tensor.stride()))
+            offset = writer.storage_offset() - tensor.storage_offset()
+            args = (old, source, list(writer.shape), list(writer.stride()), offset)
             op = torch.ops.aten.as_strided_scatter.default
             self.trace.tape.append(Op(op, args, {}, (old, source), (new,), self._module()))
         return self.current[key]
@@ -213,15 +215,13 @@ class _Recorder(TorchDispatchMode):
 
     def _before_write(self, written: list[torch.Tensor]) -> None:
         """Values seen so far must survive the write."""
-        if not self.keep_values:
-            return
         for key in {key for tensor in written for key in self._aliases(tensor)}:
-            ref = self.current[key]
-            if key not in self.stale:
+            ref = self._ref(self.held[key])
+            if self.keep_values:
                 self.trace.values[ref.id] = self.held[key].detach().clone()
 
     def _after_write(self, written: list[torch.Tensor]) -> None:
         for tensor in written:
             for key in self._aliases(tensor):
                 if key != id(tensor):
-                    self.stale[key] = self.current[id(tensor)]
+                    self.stale[key] = tensor

@@ -1,0 +1,159 @@
+"""Applying a plan: what survives, state dicts and optimizer moments, files, and plans that do not fit."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dist_compress.errors import UserError
+from dist_compress.speedup import Plan, apply, apply_to_state, make_plan, verify
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1, bias=False)
+    )
+
+
+def masked(norm=True):
+    """Channels 1 and 6 masked; without `norm` the shift of the norm leaks and is folded."""
+    model = network()
+    with torch.no_grad():
+        model[1].bias.uniform_(0.5, 1.0)
+        model[0].weight[[1, 6]] = 0
+        if norm:
+            model[1].weight[[1, 6]] = 0
+            model[1].bias[[1, 6]] = 0
+    return model
+
+
+X = torch.randn(1, 3, 6, 6)
+LEFT = [0, 2, 3, 4, 5, 7]
+
+
+def test_modules_flags_and_dtype_survive():
+    model = masked().to(torch.bfloat16).to(memory_format=torch.channels_last)
+    model[0].weight.requires_grad_(False)
+    model[0].weight.mark = "mine"
+    model[1].eval()
+    hooked = []
+    model[0].register_forward_hook(lambda *_: hooked.append(1))
+    children = list(model)
+    plan = make_plan(model, (X.bfloat16(),))
+    assert apply(model, plan) is model and [a is b for a, b in zip(model, children, strict=True)] == [True] * 4
+    weight = model[0].weight
+    assert weight.dtype == torch.bfloat16 and not weight.requires_grad and weight.mark == "mine"
+    assert weight.is_contiguous(memory_format=torch.channels_last) and model[3].weight.requires_grad
+    assert [m.training for m in model] == [True, False, True, True]
+    hooked.clear()
+    model.train()(X.bfloat16()).sum().backward()
+    assert hooked == [1] and model[3].weight.grad.shape == (4, 6, 1, 1)
+    assert model[1].running_mean.shape == (6,) and model[1].num_batches_tracked == 1
+
+
+def test_fresh_model_loads_the_small_state():
+    model = masked(norm=False)
+    plan = make_plan(model, (X,))
+    small = apply(copy.deepcopy(model), plan)
+    assert "3.bias" in plan.bias
+    again = apply(network(), plan)
+    again.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again.eval()(X), small.eval()(X)) and verify(model.eval()(X), small(X)) < 1e-5
+
+
+def train(model, optimizer, steps):
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 6, 6, generator=generator)).square().mean().backward()
+        optimizer.step()
+
+
+def test_plan_on_state_dict_and_adam_state_equals_plan_on_model():
+    model = masked()
+    plan = make_plan(model, (X,))
+    whole = network()
+    optimizer = torch.optim.Adam(whole.parameters())
+    train(whole, optimizer, 2)
+    state = apply_to_state(plan, whole.state_dict())
+    names = [name for name, _ in whole.named_parameters()]
+    moments = {
+        key: apply_to_state(plan, {n: optimizer.state[p][key] for n, p in whole.named_parameters()})
+        for key in ("exp_avg", "exp_avg_sq", "step")
+    }
+    apply(whole, plan)
+    assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
+    for name, parameter in whole.named_parameters():
+        assert moments["exp_avg"][name].shape == moments["exp_avg_sq"][name].shape == parameter.shape
+        assert moments["step"][name].dim() == 0
+    assert names == [name for name, _ in whole.named_parameters()]
+
+
+def test_files_round_trip(tmp_path):
+    plan = make_plan(masked(norm=False), (X,))
+    plan.save(tmp_path)
+    loaded = Plan.load(tmp_path)
+    assert loaded.fingerprint() == plan.fingerprint() and loaded.attrs == plan.attrs
+    assert loaded.blocked == plan.blocked and list(loaded.keep) == list(plan.keep)
+    assert loaded.keep["0.weight"][0].tolist() == LEFT == plan.keep["0.weight"][0].tolist()
+    assert torch.equal(loaded.bias["3.bias"], plan.bias["3.bias"])
+    loaded.keep["0.weight"][0][0] = 1
+    assert loaded.fingerprint() != plan.fingerprint()
+
+
+def test_damaged_files_are_refused(tmp_path):
+    plan = make_plan(masked(), (X,))
+    with pytest.raises(UserError, match="cannot read plan.json"):
+        Plan.load(tmp_path)
+    plan.save(tmp_path)
+    text = (tmp_path / "plan.json").read_text()
+    (tmp_path / "plan.json").write_text(text.replace('"0.out_channels": 6', '"0.out_channels": 5'))
+    with pytest.raises(UserError, match="fingerprints differ"):
+        Plan.load(tmp_path)
+
+
+def test_a_plan_of_another_model_changes_nothing():
+    plan = make_plan(masked(), (X,))
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    with pytest.raises(UserError, match=r"'0\.weight' has shape \(4, 3, 3, 3\)"):
+        apply(other, plan)
+    assert other[0].weight.shape == (4, 3, 3, 3) and other[1].weight.shape == (4,)
+    with pytest.raises(UserError, match="does not exist here"):
+        apply(nn.Linear(3, 3), plan)
+
+
+def test_a_module_registered_twice_is_sliced_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.also_a = self.a
+
+        def forward(self, x):
+            return self.b(self.a(x).relu())
+
+    model = Twice()
+    with torch.no_grad():
+        model.a.weight[2] = 0
+        model.a.bias[2] = 0
+    x = torch.randn(3, 4)
+    reference = model(x)
+    plan = make_plan(model, (x,))
+    apply(model, plan)
+    assert model.also_a is model.a and model.a.weight.shape == (5, 4)
+    assert verify(reference, model(x)) < 1e-6
+
+
+def test_nothing_masked_is_an_empty_plan():
+    plan = make_plan(network(), (X,))
+    assert not plan.keep and not plan.attrs and not plan.bias and not plan.blocked
+
+
+def test_making_a_plan_leaves_the_model_alone():
+    model = masked()
+    state = copy.deepcopy(model.state_dict())
+    make_plan(model, (X,))
+    assert model.training and all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
