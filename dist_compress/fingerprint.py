@@ -7,17 +7,31 @@ from torch import nn
 
 from dist_compress.hashing import mix, splitmix64
 
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def tensor_fingerprints(model: nn.Module) -> dict[str, str]:
+    """16 hex digits for each parameter and buffer: the sum of hash(position, bits) modulo 2^64. Local.
+
+    Equal for tensors that are equal bit for bit, whatever their memory format or device.
+    """
+    marks = {}
+    for name, tensor in model.state_dict().items():
+        raw = tensor.detach().contiguous().flatten()
+        words = raw.view(_WORDS[raw.element_size()] if raw.dtype != torch.bool else torch.uint8).to(torch.int64)
+        total = splitmix64(mix(torch.arange(len(words), device=words.device), words)).sum()  # wraps around, as it must
+        marks[name] = _hex(int(total))
+    return marks
+
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """16 hex digits over the bits of all parameters and buffers in model order. Local.
+    """16 hex digits over the names and bits of all parameters and buffers, in any order. Local."""
+    total = 0
+    for name, mark in tensor_fingerprints(model).items():
+        seed = int.from_bytes(name.encode()[-7:], "big")
+        total += int(mix(seed, int(mark, 16) >> 1, len(name)))
+    return _hex(total)
 
-    Equal exactly when every tensor is equal bit for bit: the sum of hash(position, bits) modulo 2^64.
-    """
-    total = torch.zeros((), dtype=torch.int64)
-    start = 0
-    for tensor in model.state_dict().values():
-        raw = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).to(torch.int64)
-        position = torch.arange(start, start + raw.numel())
-        total += splitmix64(mix(position, raw)).sum()  # wraps around, as it must
-        start += raw.numel()
-    return f"{int(total) & (2**64 - 1):016x}"
+
+def _hex(value: int) -> str:
+    return f"{value & (2**64 - 1):016x}"

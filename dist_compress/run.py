@@ -20,6 +20,7 @@ from dist_compress import backends, comm, export, models, pruning
 from dist_compress.config import Config
 from dist_compress.duration import duration
 from dist_compress.errors import UserError
+from dist_compress.fingerprint import tensor_fingerprints, weights_fingerprint
 from dist_compress.method import Context
 from dist_compress.outcome import Outcome
 from dist_compress.projection import Projection
@@ -28,6 +29,7 @@ from dist_compress.speedup import Plan, apply, apply_to_state, couple, make_plan
 from dist_compress.speedup.cost import resize_batch
 from dist_compress.target import Coupling
 from dist_compress.training import checkpoint, data, task
+from dist_compress.training.batchnorm import use_sync_batchnorm
 from dist_compress.training.loop import Trainer
 from dist_compress.training.schedule import run_length
 
@@ -65,6 +67,8 @@ class Job:
         self.model = self.dense_model()
         if config.model.weights is not None:
             models.load_weights(self.model, config.model.weights)
+        if config.train.sync_batchnorm:
+            self.model = use_sync_batchnorm(self.model)
         self.example = self.data.example(2)
         self.length = run_length(config, self.data.train.num_samples)
         self.projection = Projection(self.model)
@@ -123,7 +127,13 @@ class Job:
             method.rebase(lambda tensors: apply_to_state(plan, tensors) if plan else tensors)
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics of the model as it is now, logged under the step boundary it stands at."""
+        """Metrics of the model as it is now, logged under the step boundary it stands at.
+
+        Every rank holds the same weights here: a replica that drifted would be measured, and later delivered, on
+        some ranks only. Raises RuntimeError naming the first tensor that differs.
+        """
+        self.projection.project()
+        _check_replicas(self.model, self.trainer.step)
         metrics = self.trainer.evaluate()
         self.reporter.log(self.trainer.step, {f"eval/{name}": value for name, value in metrics.items()})
         return metrics
@@ -214,6 +224,15 @@ class Job:
 
         comm.on_rank0(ship)
         self.reporter.close()
+
+
+def _check_replicas(model: nn.Module, step: int) -> None:
+    try:
+        comm.check_equal("fingerprint of the weights", weights_fingerprint(model), step)
+    except RuntimeError:
+        for name, mark in tensor_fingerprints(model).items():
+            comm.check_equal(f"fingerprint of {name}", mark, step)
+        raise
 
 
 def _saved_plan(run_dir: Path) -> Plan | None:

@@ -1,0 +1,192 @@
+"""Whole runs on 1 to 4 ranks: the same decisions and the same weights, also when killed on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+STEPS = 14
+QUICK = [
+    "+recipe=smoke",
+    "logger=none",
+    "data.image_size=12",
+    f"train.max_steps={STEPS}",
+    "train.log_every_steps=1",
+    "train.eval_batch_size=90",
+    "pruning.schedule.start=4steps",
+    "pruning.schedule.end=10steps",
+    "pruning.schedule.num_decisions=4",
+    "checkpoint.every_steps=null",
+]
+
+
+def job(run_dir: str, *overrides: str) -> Any:
+    from dist_compress import compose, run
+
+    run.BATCH_SIZES = (1,)
+    return run.Job(compose.compose(compose.parse([*QUICK, *overrides, f"run_dir={run_dir}"])))
+
+
+def whole_run(run_dir: str, *overrides: str) -> dict[str, Any]:
+    """The summary of an undisturbed run, with all decisions."""
+    from dist_compress import compose, run
+
+    Path(run_dir).mkdir(exist_ok=True)
+    run.run(compose.compose(compose.parse([*QUICK, *overrides, f"run_dir={run_dir}"])))
+    return read_summary(run_dir)
+
+
+def read_summary(run_dir: str) -> dict[str, Any]:
+    facts = json.loads((Path(run_dir) / "facts.json").read_text())
+    return {**json.loads((Path(run_dir) / "summary.json").read_text()), "decisions": facts["methods"]["decisions"]}
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_run(run_dir: str, step: int, *overrides: str) -> None:
+    """A run that ends without a word once `step` steps are done; its checkpoints are all that stays."""
+    from dist_compress.training.loop import Trainer
+
+    Path(run_dir).mkdir(exist_ok=True)
+    original = Trainer._one_step
+
+    def dying(self: Trainer) -> Any:
+        if self.step == step:
+            raise Killed
+        return original(self)
+
+    Trainer._one_step = dying
+    try:
+        whole_run(run_dir, *overrides)
+    except Killed:
+        pass
+    finally:
+        Trainer._one_step = original
+
+
+def fingerprints(summary: dict[str, Any]) -> dict[str, Any]:
+    names = ("decisions", "fingerprint/weights", "fingerprint/plan", "accuracy/before", "loss/masked", "loss/after")
+    return {name: summary[name] for name in names}
+
+
+@pytest.fixture(scope="module")
+def one_rank(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Undisturbed runs on one rank, by metric."""
+    folder = tmp_path_factory.mktemp("one")
+    return {
+        method: ranks(1, whole_run, str(folder / method), f"pruning.method={method}")[0]
+        for method in ("taylor", "l1_norm", "l2_norm")
+    }
+
+
+def test_a_run_delivers_a_smaller_verified_model(one_rank: dict[str, dict[str, Any]]) -> None:
+    for summary in one_rank.values():
+        assert len(summary["decisions"]) == 4
+        assert len({d["fingerprint"] for d in summary["decisions"]}) == 4
+        assert summary["macs/after"] < 0.45 * summary["macs/before"]
+        assert summary["verify/max_rel_diff"] <= 1e-5
+        assert summary["accuracy/masked"] == summary["accuracy/shrunk"]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("method", ["taylor", "l1_norm", "l2_norm"])
+def test_equal_bits_at_any_number_of_ranks(
+    ranks: Any, tmp_path: Path, one_rank: dict[str, dict[str, Any]], method: str, size: int
+) -> None:
+    summary = ranks(size, whole_run, str(tmp_path / "run"), f"pruning.method={method}")[0]
+    assert summary["world_size"] == size
+    assert fingerprints(summary) == fingerprints(one_rank[method])
+
+
+def run_without_reduction(run_dir: str) -> str:
+    """What becomes of a run whose gradients are not summed over the ranks."""
+    from dist_compress import comm
+
+    add, total = comm.OrderedSum.add, comm.OrderedSum.total
+
+    def add_own(self: Any, rows: torch.Tensor, num_rows: int) -> None:
+        self.own = getattr(self, "own", 0) + rows.double().sum(0)
+
+    comm.OrderedSum.add, comm.OrderedSum.total = add_own, lambda self: self.own
+    try:
+        whole_run(run_dir)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        comm.OrderedSum.add, comm.OrderedSum.total = add, total
+    return ""
+
+
+def test_negative_control_without_the_reduction_ranks_are_caught(ranks: Any, tmp_path: Path) -> None:
+    """Scores have one owner, so masks agree even then; the weights do not, and the tensor is named."""
+    for text in ranks(2, run_without_reduction, str(tmp_path / "run")):
+        assert "conv1.weight" in text and "step 4" in text, text
+
+
+@pytest.mark.parametrize(
+    ("step", "size", "then"),
+    [(3, 2, 1), (7, 1, 3), (7, 3, 4), (9, 4, 2), (12, 2, 3)],  # dense; between decisions; after the shrink
+)
+def test_a_killed_run_resumes_to_the_same_bits(
+    ranks: Any, tmp_path: Path, one_rank: dict[str, dict[str, Any]], step: int, size: int, then: int
+) -> None:
+    run_dir, often = str(tmp_path / "run"), "checkpoint.every_steps=2"
+    ranks(size, killed_run, run_dir, step, often)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert any((tmp_path / "run" / "checkpoints").iterdir())
+    summary = ranks(then, whole_run, run_dir, often)[0]
+    assert fingerprints(summary) == fingerprints(one_rank["taylor"])
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS
+
+
+def trained_on(run_dir: str, control: str) -> float:
+    """Largest relative difference of weights trained on after the shrink from those trained on masked."""
+    from dist_compress.speedup import apply_to_state
+
+    models, plan = [], None
+    for name, shrink in (("masked", "false"), ("shrunk", "true")):
+        folder = Path(run_dir) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        own = job(str(folder), f"speedup.enabled={shrink}")
+        rebuild = own.trainer.rebuild
+        if control == "moments dropped":
+            own.trainer.rebuild = lambda transform, rebuild=rebuild: rebuild(lambda moments: {})
+        if control == "moments not sliced":
+            own.trainer.rebuild = lambda transform, rebuild=rebuild: rebuild(lambda moments: moments)
+        own.train_dense()
+        own.compress()
+        own.fine_tune()
+        own.reporter.close(finished=False)
+        models.append({n: p.detach() for n, p in own.model.named_parameters()})
+        plan = own.plan
+    masked, shrunk = apply_to_state(plan, models[0]), models[1]
+    return max(float((masked[n] - w).abs().max() / w.abs().max()) for n, w in shrunk.items())
+
+
+def test_training_on_small_is_training_on_masked(ranks: Any, tmp_path: Path) -> None:
+    """The optimizer's moments, sliced, make the small model's further steps those of the masked one."""
+    assert ranks(2, trained_on, str(tmp_path / "a"), "")[0] < 1e-3
+
+
+def test_negative_control_moments(ranks: Any, tmp_path: Path) -> None:
+    assert ranks(2, trained_on, str(tmp_path / "a"), "moments dropped")[0] > 1e-2
+    with pytest.raises(AssertionError, match="shape|size"):
+        ranks(2, trained_on, str(tmp_path / "b"), "moments not sliced")
+
+
+def test_load_gives_the_delivered_model(ranks: Any, tmp_path: Path) -> None:
+    from dist_compress import load
+    from dist_compress.fingerprint import weights_fingerprint
+
+    summary = ranks(2, whole_run, str(tmp_path / "run"))[0]
+    model = load(tmp_path / "run")
+    assert weights_fingerprint(model) == summary["fingerprint/weights"]
+    assert sum(p.numel() for p in model.parameters()) == summary["params/after"]
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
