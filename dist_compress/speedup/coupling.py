@@ -28,7 +28,7 @@ def couple(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] 
     Zeroing the producer and affine slices of any units of a group that is not blocked makes `make_plan` remove exactly
     these units. `args`, `kwargs`: an example input whose first tensor has the batch in dim 0.
     """
-    s = build(trace(model, args, kwargs, values=True), model)
+    s = build(trace(model, args, kwargs, values=True), model, args, kwargs)
     units = _Units(s)
     groups = units.groups(_roles(s))
     groups = _check(model, args, kwargs, groups)

@@ -6,6 +6,7 @@ Keeps live in a finite lattice and every constraint only grows them, so the fixp
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from typing import Any
 
 import torch
 
@@ -13,13 +14,14 @@ from dist_compress.speedup import sets
 from dist_compress.speedup.facts import Facts
 from dist_compress.speedup.rules import rule_of
 from dist_compress.speedup.structure import Box, Link, Structure
+from dist_compress.speedup.training_only import pin_training_inputs
 from dist_compress.tracing import Ref, Trace
 
 MultiheadAttention = torch.nn.MultiheadAttention
 
 
-def build(trace: Trace, model: torch.nn.Module) -> Structure:
-    """The constraint system of a tape (with values). Pins what user code or the caller fixes."""
+def build(trace: Trace, model: torch.nn.Module, args: Any, kwargs: Any) -> Structure:
+    """The constraint system of a tape (with values) of `model(*args, **kwargs)`, with what cannot shrink pinned."""
     s = Structure(trace)
     for op in trace.tape:
         rule_of(op).link(op, s)
@@ -35,6 +37,7 @@ def build(trace: Trace, model: torch.nn.Module) -> Structure:
         if info.kind == "param" and info.fqn.rpartition(".")[0] in attention:
             for var in s.dims(Ref(key)):
                 s.pin(var, "is inside nn.MultiheadAttention, which takes its head size from its input's width")
+    pin_training_inputs(s, model, args, kwargs)
     s.close()
     return s
 

@@ -32,7 +32,7 @@ def make_plan(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, An
     keeps them.
     """
     recorded = trace(model, args, kwargs, values=True)
-    structure = build(recorded, model)
+    structure = build(recorded, model, args, kwargs)
     facts = Facts(recorded)
     banned: set[str] = set()
     while True:

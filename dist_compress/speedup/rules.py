@@ -25,7 +25,7 @@ _NAMES: dict[Rule, str] = {
     movement.Stack(): "stack",
     contraction.Matmul(): "mm bmm addmm baddbmm",
     contraction.Convolution(): "convolution",
-    dimwise.BatchNorm(): "native_batch_norm cudnn_batch_norm miopen_batch_norm",
+    dimwise.BatchNorm(): "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit_no_training",
     dimwise.GroupNorm(): "native_group_norm",
     dimwise.LayerNorm(): "native_layer_norm _fused_rms_norm rms_norm",
     dimwise.Softmax(): "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp glu",

@@ -42,7 +42,7 @@ MODELS = {
     "mobilenet_v3_small": (ZOO.mobilenet_v3_small, 0.6, 27),
     "densenet121": (ZOO.densenet121, 0.55, 120),
     "squeezenet1_0": (ZOO.squeezenet1_0, 0.6, 25),
-    "googlenet": (lambda: ZOO.googlenet(init_weights=False), 0.55, 57),
+    "googlenet": (lambda: ZOO.googlenet(init_weights=False, aux_logits=False), 0.55, 57),
     "efficientnet_b0": (ZOO.efficientnet_b0, 0.6, 40),
     "regnet_y_400mf": (ZOO.regnet_y_400mf, 0.6, 53),
     "regnet_x_400mf": (ZOO.regnet_x_400mf, 0.6, 49),
@@ -111,6 +111,21 @@ def test_masked_units_vanish_exactly(name, randomise):
         new = torch.randn(batch, 3, 64, 64)
         with torch.no_grad():
             assert verify(model(new), small(new)) <= 1e-5
+
+
+def test_heads_of_training_mode_still_fit(randomise):
+    torch.manual_seed(0)
+    model = randomise(ZOO.googlenet(init_weights=False, aux_logits=True))
+    x = torch.randn(1, 3, 64, 64)
+    state = copy.deepcopy(model.state_dict())
+    coupling = couple(model, (x,))
+    mask_some(model, coupling)
+    small = apply(copy.deepcopy(model), make_plan(model, (x,)))
+    reasons = {g.blocked for g in coupling.groups}
+    assert {"is read by aux1 in training mode", "is read by aux2 in training mode"} <= reasons
+    outputs = small.train()(torch.randn(4, 3, 64, 64))
+    assert outputs.aux_logits1.shape == outputs.logits.shape == (4, 1000)
+    assert torch.equal(model.state_dict()["conv1.bn.running_mean"], state["conv1.bn.running_mean"])
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121"])
