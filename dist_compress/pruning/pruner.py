@@ -128,6 +128,10 @@ class Pruner(Method):
         bases = [0]
         for s in self.sets:
             bases.append(bases[-1] + s.num_units)
+        for gid, group in self.budgets.items():
+            members = [i for i, s in enumerate(self.sets) if s.setting.global_group_id == gid]
+            for i, price in zip(members, group.prices(), strict=True):
+                scores[i] = torch.where(price > 0, scores[i].double() / price, torch.inf).float()  # no gain: keep
         ranked = [Ranked.of(*item) for item in zip(scores, self.removed, bases, strict=False)]
         for i, (s, units) in enumerate(zip(self.sets, ranked, strict=True)):
             if s.setting.global_group_id is None:

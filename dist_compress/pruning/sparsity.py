@@ -4,7 +4,8 @@ MACs.
 Every rank holds all unit scores (a unit is a channel, so they are few) and runs the same integer
 arithmetic on them. Ascending order: (score bits, hash of the global index, global index), as in `select`.
 The budget of a global group is spent on the shortest prefix whose removed cost reaches ratio * cost of the
-group. Costs of layers are products of the units kept at both of their ends, so they are recomputed exactly
+group; there, the score of a unit is divided by its price, so that the importance lost for the cost saved is
+least (as Liu et al. 2021, arXiv:2108.00708, normalise by the memory saved). In channels all prices are one. Costs of layers are products of the units kept at both of their ends, so they are recomputed exactly
 for each prefix; they only grow with it, hence the binary search.
 """
 
@@ -84,6 +85,17 @@ class Budget:
                 cost *= Fraction(left) / Fraction(full)
             total += cost
         return total
+
+    def prices(self) -> list[torch.Tensor]:
+        """float64 [num_units] for each set: what one unit costs in the dense group, relative to the mean unit."""
+        prices = [torch.zeros(s.num_units, dtype=torch.float64) for s in self.sets]
+        for layer in self.layers:
+            for fixed, parts in layer.factors:
+                full = fixed + sum(float(weight.sum()) for _, weight in parts)
+                for i, weight in parts:
+                    prices[i] += weight * (layer.macs / full)
+        mean = torch.cat(prices).mean()
+        return [price / mean for price in prices]
 
     def target(self, fraction: float) -> tuple[Fraction, Fraction]:
         """(cost of the whole group, cost to remove), after rounding the bounds to units. Raises UserError."""
