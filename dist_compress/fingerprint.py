@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import nn
 
@@ -26,11 +28,8 @@ def tensor_fingerprints(model: nn.Module) -> dict[str, str]:
 
 def weights_fingerprint(model: nn.Module) -> str:
     """16 hex digits over the names and bits of all parameters and buffers, in any order. Local."""
-    total = 0
-    for name, mark in tensor_fingerprints(model).items():
-        seed = int.from_bytes(name.encode()[-7:], "big")
-        total += int(mix(seed, int(mark, 16) >> 1, len(name)))
-    return _hex(total)
+    marks = sorted(tensor_fingerprints(model).items())
+    return hashlib.sha256("\n".join(f"{name} {mark}" for name, mark in marks).encode()).hexdigest()[:16]
 
 
 def _hex(value: int) -> str:

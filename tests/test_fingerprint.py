@@ -1,0 +1,36 @@
+"""The fingerprint of weights tells every change apart, and nothing that is no change."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dist_compress.fingerprint import tensor_fingerprints, weights_fingerprint
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+
+
+def test_equal_bits_have_equal_fingerprints_in_any_memory_format():
+    assert weights_fingerprint(model()) == weights_fingerprint(model().to(memory_format=torch.channels_last))
+
+
+def test_every_bit_counts():
+    changed = model()
+    with torch.no_grad():
+        changed[1].running_var[3] = torch.nextafter(changed[1].running_var[3], torch.tensor(9.0))  # type: ignore
+    before, after = tensor_fingerprints(model()), tensor_fingerprints(changed)
+    assert [name for name in before if before[name] != after[name]] == ["1.running_var"]
+    assert weights_fingerprint(changed) != weights_fingerprint(model())
+
+
+def test_two_layers_of_one_shape_cannot_change_places_unseen():
+    swapped = model()
+    with torch.no_grad():
+        for a, b in zip(swapped[2].parameters(), swapped[3].parameters(), strict=True):
+            kept = a.clone()
+            a.copy_(b)
+            b.copy_(kept)
+    assert weights_fingerprint(swapped) != weights_fingerprint(model())
