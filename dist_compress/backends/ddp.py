@@ -3,10 +3,14 @@
 Fast: torch's DistributedDataParallel, its buckets summed once a step, in the last round. The float32 sum's
 bits depend on the number of ranks. Exact (`train.exact`): no hooks; the float32 gradient of every micro-batch
 is folded into a float64 sum in micro-batch order and rounded once, with equal bits at any number of ranks.
+
+Either way a parameter that no micro-batch of the step reached has no gradient, so that neither weight decay nor
+momentum moves it, as on one process without any of this.
 """
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -28,7 +32,8 @@ class Ddp(Backend):
                 comm.broadcast(tensor)
         if self.exact or not comm.is_initialized():
             return model
-        self.ddp = DistributedDataParallel(model, init_sync=False)
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")  # there are none: fine
+        self.ddp = DistributedDataParallel(model, init_sync=False, find_unused_parameters=True)
         # Buffers are ours to keep equal (training/batchnorm.py): DDP's broadcast would overwrite local records.
         self.ddp.broadcast_buffers = False  # its argument's name differs between versions of torch
         self.ddp.register_comm_hook(None, comm.sum_hook)
@@ -41,7 +46,8 @@ class Ddp(Backend):
         loss.backward()
         if not self.exact:
             return
-        row = torch.cat([self._take_grad(p) for p in self.parameters])
+        reached = torch.tensor([p.grad is not None for p in self.parameters], device=loss.device)
+        row = torch.cat([*(self._take_grad(p) for p in self.parameters), reached.float()])
         if round == 0:
             self.total = comm.OrderedSum(len(row), row.device)
         assert self.total is not None
@@ -53,9 +59,9 @@ class Ddp(Backend):
         if not self.exact:
             return
         assert self.total is not None
-        total = self.total.total().split([p.numel() for p in self.parameters])
-        for parameter, grad in zip(self.parameters, total, strict=True):
-            parameter.grad = grad.view_as(parameter).to(parameter.dtype)
+        *total, reached = self.total.total().split([*(p.numel() for p in self.parameters), len(self.parameters)])
+        for parameter, grad, count in zip(self.parameters, total, reached.tolist(), strict=True):
+            parameter.grad = grad.view_as(parameter).to(parameter.dtype) if count else None
         self.total = None
 
     @staticmethod

@@ -69,6 +69,51 @@ def test_exact_gradients_have_equal_bits_and_plain_ones_do_not(ranks):
     assert differ > 0  # the negative control: these values do show the order of a plain sum
 
 
+class Branches(nn.Module):
+    """One layer that nothing uses, and one that only the inputs of micro-batch 1 use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.idle, self.seldom = nn.Linear(6, 3), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.trunk(x) + self.seldom(x) if torch.equal(x, inputs(1)) else self.trunk(x)
+
+
+def two_steps_of_branches(exact: bool) -> tuple[set[str], dict[str, torch.Tensor]]:
+    config = Config()
+    config.train.exact = exact
+    config.train.global_batch_size, config.train.micro_batch_size = 4 * NUM_MICRO, 4
+    torch.manual_seed(0)
+    net = Branches()
+    backend = backends.load("ddp")(config)
+    module = backend.wrap(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-5, weight_decay=0.1)
+    rounds = -(-NUM_MICRO // comm.world_size())
+    for _ in range(2):
+        optimizer.zero_grad()
+        for round in range(rounds):
+            micro, last = round * comm.world_size() + comm.rank(), round == rounds - 1
+            with backend.sync_context(last):
+                live = micro < NUM_MICRO
+                backend.backward(module(inputs(micro if live else 0)).square().sum() * live, round, last)
+        backend.finish_gradients()
+        optimizer.step()
+    return {n for n, p in net.named_parameters() if p.grad is None}, {n: p.detach() for n, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_what_no_micro_batch_reaches_has_no_gradient_and_stays(ranks, exact):
+    torch.manual_seed(0)
+    untouched = Branches().idle.weight
+    idle, single = ranks(1, two_steps_of_branches, exact)[0]
+    assert idle == {"idle.weight", "idle.bias"} and torch.equal(single["idle.weight"], untouched)
+    for n in (2, 3, 4):
+        for names, weights in ranks(n, two_steps_of_branches, exact):
+            assert names == idle
+            assert all(torch.allclose(weights[k], single[k], rtol=1e-4, atol=1e-6) for k in single)
+
+
 def test_clip_returns_the_norm_before_and_scales_to_the_bound(ranks):
     whole = torch.cat([g.flatten() for g in whole_batch()]).norm()
     for grads, norm, _ in ranks(2, gradients, True, 0.5):
