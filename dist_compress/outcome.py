@@ -30,12 +30,12 @@ BATCH_SIZES = (1, 32)
 class Outcome:
     """The summary of a run as it grows. Every method may be called on every rank; rank 0 acts."""
 
-    def __init__(self, config: Config, run_dir: Path, example: Any) -> None:
+    def __init__(self, config: Config, run_dir: Path, example: Any, resumed: bool) -> None:
         self.config, self.run_dir, self.example = config, run_dir, example
         self.active = comm.rank() == 0
         self.file = run_dir / "facts.json"
         self.facts: dict[str, Any] = {"summary": {}, "layers": {}, "methods": {}, "kept": []}
-        if self.active and self.file.is_file():
+        if self.active and resumed and self.file.is_file():
             self.facts = json.loads(self.file.read_text())
 
     @property
@@ -51,6 +51,7 @@ class Outcome:
         results = [method.results() for method in methods]
         if self.active:
             self.summary.update({f"{name}/masked": value for name, value in metrics.items()})
+            self.facts["kept"] = []  # what a life of this run noted that was killed before its checkpoint
             for result in results:
                 self.facts["kept"] += result.pop("asked_but_kept", [])
                 self.facts["methods"].update(result)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from dist_compress import backends, comm, export, models, pruning
-from dist_compress.config import Config
+from dist_compress.config import Config, to_yaml
 from dist_compress.duration import duration
 from dist_compress.errors import UserError
 from dist_compress.fingerprint import tensor_fingerprints, weights_fingerprint
@@ -28,7 +28,7 @@ from dist_compress.reporting.reporter import Reporter
 from dist_compress.speedup import Plan, apply, apply_to_state, couple, make_plan, verify
 from dist_compress.speedup.cost import resize_batch
 from dist_compress.target import Coupling
-from dist_compress.training import checkpoint, data, task
+from dist_compress.training import checkpoint, data, determinism, task
 from dist_compress.training.batchnorm import use_sync_batchnorm
 from dist_compress.training.loop import Trainer
 from dist_compress.training.schedule import run_length
@@ -62,6 +62,7 @@ class Job:
         self.config, self.run_dir = config, Path(config.run_dir)
         for name in config.export:
             export.find(name)
+        determinism.set_up(config.train)  # before the first kernel runs: cuBLAS asks once
         self.data = data.build(config.data, config.seed)
         self.task = task.build(config.task)
         self.model = self.dense_model()
@@ -78,9 +79,9 @@ class Job:
         newest = checkpoint.latest(self.run_dir)
         phase = checkpoint.read_meta(newest)["phase"] if newest else ""
         if phase == SMALL:
-            self.detach(comm.on_rank0(lambda: _saved_plan(self.run_dir)))
+            self.detach(comm.on_rank0(lambda: Plan.load(self.run_dir)) if config.speedup.enabled else None)
         self.reporter = Reporter(config, self.run_dir, self.length.total_steps, resumed=newest is not None)
-        self.outcome = Outcome(config, self.run_dir, self.example)
+        self.outcome = Outcome(config, self.run_dir, self.example, resumed=newest is not None)
         self.trainer = Trainer(
             config, self.model, self.data, self.task, self.methods,
             backends.load(config.backend.name)(config), self.projection, self.reporter,
@@ -89,6 +90,7 @@ class Job:
             self.trainer.resume(newest)
             self.trainer.phase = phase
             self.reporter.event(f"resumed at step {self.trainer.step} from {newest.name}", self.trainer.step)
+        comm.on_rank0(lambda: (self.run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8"))
 
     def dense_model(self) -> nn.Module:
         """The model as configured, the same on every rank; the data may say how many classes it needs. Local."""
@@ -173,6 +175,11 @@ class Job:
                 f"speedup.at={at!r} is step {shrink}, before the last pruning decision at step {steps[-1]}. "
                 "Raise it, leave it null, or end pruning.schedule earlier."
             )
+        if shrink > length.total_steps:
+            raise UserError(
+                f"speedup.at={at!r} is step {shrink}, but the run has {length.total_steps}. Lower it, give it as a "
+                "fraction of the run, or leave it null."
+            )
         return steps[0], shrink
 
     def shrink(self) -> None:
@@ -186,7 +193,8 @@ class Job:
         if not difference <= self.config.speedup.tolerance:
             raise RuntimeError(
                 f"masked and shrunk model differ by {difference:.3g} (relative), more than speedup.tolerance="
-                f"{self.config.speedup.tolerance:g}: nothing is exported. The last checkpoint holds the masked model."
+                f"{self.config.speedup.tolerance:g}: nothing is exported. Raise speedup.tolerance only if you can "
+                "explain that; started again, the run goes on from its last checkpoint."
             )
         self.trainer.rebuild(lambda moments: apply_to_state(plan, moments))
         comm.on_rank0(lambda: plan.save(self.run_dir))
@@ -233,10 +241,6 @@ def _check_replicas(model: nn.Module, step: int) -> None:
         for name, mark in tensor_fingerprints(model).items():
             comm.check_equal(f"fingerprint of {name}", mark, step)
         raise
-
-
-def _saved_plan(run_dir: Path) -> Plan | None:
-    return Plan.load(run_dir) if (run_dir / "plan.json").is_file() else None
 
 
 def _outputs(model: nn.Module, inputs: Any) -> Any:

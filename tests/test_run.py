@@ -27,7 +27,6 @@ QUICK = [
 def job(run_dir: str, *overrides: str) -> Any:
     from dist_compress import compose, run
 
-    run.BATCH_SIZES = (1,)
     return run.Job(compose.compose(compose.parse([*QUICK, *overrides, f"run_dir={run_dir}"])))
 
 
@@ -42,7 +41,8 @@ def whole_run(run_dir: str, *overrides: str) -> dict[str, Any]:
 
 def read_summary(run_dir: str) -> dict[str, Any]:
     facts = json.loads((Path(run_dir) / "facts.json").read_text())
-    return {**json.loads((Path(run_dir) / "summary.json").read_text()), "decisions": facts["methods"]["decisions"]}
+    more = {"decisions": facts["methods"]["decisions"], "num_kept": len(facts["kept"])}
+    return {**json.loads((Path(run_dir) / "summary.json").read_text()), **more}
 
 
 class Killed(BaseException):
@@ -144,6 +144,54 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert fingerprints(summary) == fingerprints(one_rank["taylor"])
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == STEPS
+
+
+def killed_before_the_small_checkpoint(run_dir: str) -> int:
+    """How much a run notes as kept, all told, that died once between its shrink and the checkpoint of it."""
+    from dist_compress import run
+    from dist_compress.training.loop import Trainer
+
+    save = Trainer.save
+
+    def dying(self: Trainer) -> Any:
+        if self.phase == run.SMALL:
+            raise Killed
+        return save(self)
+
+    Trainer.save = dying
+    try:
+        whole_run(run_dir, "checkpoint.every_steps=5", "export=[]")
+    except Killed:
+        assert (Path(run_dir) / "config.yaml").is_file(), "a run says what it is from its start"
+    finally:
+        Trainer.save = save
+    whole_run(run_dir, "checkpoint.every_steps=5", "export=[]", "speedup.tolerance=1e-4")
+    return len(json.loads((Path(run_dir) / "facts.json").read_text())["kept"])
+
+
+def test_what_is_kept_is_told_once(ranks: Any, tmp_path: Path, one_rank: dict[str, dict[str, Any]]) -> None:
+    kept = ranks(1, killed_before_the_small_checkpoint, str(tmp_path / "run"))[0]
+    assert kept == one_rank["taylor"]["num_kept"] > 0
+    summary = read_summary(str(tmp_path / "run"))
+    assert fingerprints(summary) == fingerprints(one_rank["taylor"])
+
+
+def shrink_at(run_dir: str, at: str) -> str:
+    from dist_compress.errors import UserError
+
+    Path(run_dir).mkdir()
+    own = job(run_dir, f"speedup.at={at}")
+    own.reporter.close(finished=False)
+    try:
+        return str(own.change_window())
+    except UserError as error:
+        return str(error)
+
+
+def test_the_shrink_lies_between_the_last_decision_and_the_end(ranks: Any, tmp_path: Path) -> None:
+    assert ranks(1, shrink_at, str(tmp_path / "a"), "12steps")[0] == "(4, 12)"
+    assert "before the last pruning decision" in ranks(1, shrink_at, str(tmp_path / "b"), "9steps")[0]
+    assert f"the run has {STEPS}" in ranks(1, shrink_at, str(tmp_path / "c"), "15steps")[0]
 
 
 def trained_on(run_dir: str, control: str) -> float:

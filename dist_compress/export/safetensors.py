@@ -3,7 +3,6 @@
     model.json          how to build the dense architecture (models.describe), its number of classes
     plan.json           what was kept of it (speedup.Plan, its index tensors beside it); only of a pruned model
     model.safetensors   the weights, each contiguous, tied ones under their first name
-    config.yaml         the whole configuration of the run, for the reader
 
 `load` undoes it, on any machine that has the architecture's library.
 """
@@ -25,7 +24,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dist_compress import models
-from dist_compress.config import Config, ModelConfig, to_yaml
+from dist_compress.config import Config, ModelConfig
 from dist_compress.errors import UserError
 from dist_compress.speedup.apply import apply
 from dist_compress.speedup.plan import Plan
@@ -51,7 +50,6 @@ def export(run_dir: str | Path, model: nn.Module, plan: Plan | None, config: Con
         if plan is not None:
             plan.save(folder)
         save_file(_state(model), folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 

@@ -38,9 +38,8 @@ class Trainer:
         self, config: Config, model: nn.Module, data: Data, task: Any,
         methods: Sequence[Method], backend: Backend, projection: Projection, reporter: Any,
     ) -> None:  # fmt: skip
-        """`reporter.log(step, {series: value})` is called on every rank. Raises UserError for sizes, schedules
-        and optimizers that do not fit."""
-        determinism.set_up(config.train)
+        """`reporter.log(step, {series: value})` is called on every rank; call `determinism.set_up` first. Raises
+        UserError for sizes, schedules and optimizers that do not fit."""
         self.config, self.model, self.data, self.task = config, model, data, task
         self.methods, self.backend, self.projection = list(methods), backend, projection
         self.reporter = reporter

@@ -18,7 +18,7 @@ from dist_compress.config import Config
 from dist_compress.errors import UserError
 from dist_compress.method import Method
 from dist_compress.projection import Projection
-from dist_compress.training import checkpoint
+from dist_compress.training import checkpoint, determinism
 from dist_compress.training.data import Data
 from dist_compress.training.data.digits import load
 from dist_compress.training.data.split import Transform
@@ -89,6 +89,7 @@ def config(**train: object) -> Config:
 
 
 def trainer(cfg: Config, methods: list[Method] | None = None) -> Trainer:
+    determinism.set_up(cfg.train)
     data = Data(*(p.split(cfg.data, Transform(cfg.data, cfg.seed, comm.device())) for p in load(cfg.data)))
     torch.manual_seed(3)
     model = Net()
