@@ -290,9 +290,8 @@ def test_the_speedup_page_has_every_reason():
     page, reasons = text("docs/speedup.md"), []
     for path in (ROOT / "dist_compress/speedup").glob("*.py"):
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-        said = [
-            call.args for call in calls if getattr(call.func, "attr", "") in ("pin", "pin_all", "setdefault", "grow")
-        ]
+        takers = ("pin", "pin_all", "setdefault", "grow")
+        said = [call.args for call in calls if getattr(call.func, "attr", "") in takers]
         for node in (argument for arguments in said for argument in arguments):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             fixed = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
