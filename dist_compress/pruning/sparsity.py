@@ -1,12 +1,12 @@
-"""How many units go, and which: a count in each set, or a budget of a whole group in channels, parameters or
-MACs.
+"""How many units go, and which: a count in each set, or a budget of a whole group in channels, parameters or MACs.
 
-Every rank holds all unit scores (a unit is a channel, so they are few) and runs the same integer
-arithmetic on them. Ascending order: (score bits, hash of the global index, global index), as in `select`.
-The budget of a global group is spent on the shortest prefix whose removed cost reaches ratio * cost of the
-group; there, the score of a unit is divided by its price, so that the importance lost for the cost saved is
-least (as Liu et al. 2021, arXiv:2108.00708, normalise by the memory saved). In channels all prices are one. Costs of layers are products of the units kept at both of their ends, so they are recomputed exactly
-for each prefix; they only grow with it, hence the binary search.
+Every rank holds all unit scores (a unit is a channel, so they are few) and runs the same integer arithmetic on
+them. Ascending order: (score bits, hash of the global index, global index), as in `select`. The budget of a global
+group is spent on the shortest prefix whose removed cost reaches ratio * cost of the group; there, the score of a unit
+is divided by its price, so that the importance lost for the cost saved is least (as Liu et al. 2021,
+arXiv:2108.00708, normalise by the memory saved). In channels all prices are one. Costs of layers are products of the
+units kept at both of their ends, so they are recomputed exactly for each prefix; they only grow with it, hence the
+binary search.
 """
 
 from __future__ import annotations

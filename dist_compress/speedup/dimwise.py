@@ -92,23 +92,11 @@ class LayerNorm(Dimwise):
             s.role(ref, d, "affine")
 
 
-class BatchNorm(Rule):
-    """In eval an affine map per channel; with batch statistics it mixes over everything but channels."""
-
-    def link(self, op: Op, s: Structure) -> None:
-        x, out = op.inputs[0], op.out
-        for a, b in zip(s.dims(x), s.dims(out), strict=True):
-            s.same(a, b)
-        for ref in op.inputs[1:]:
-            s.same(s.dims(x)[1], s.dims(ref)[0])
-            s.role(ref, 0, "affine")
-        if op.arg("training"):
-            for d in range(len(s.dims(x))):
-                if d != 1:
-                    s.pin(s.dims(x)[d], "takes statistics over it", op)
+class ChannelNorm(Rule):
+    """Mixes what `_mixed` says, then scales each channel (dim 1) by a weight, whose zeros cut."""
 
     def _mixed(self, s: torch.Tensor, op: Op) -> torch.Tensor:
-        return sets.any_over(s, [d for d in range(s.dim()) if d != 1]) if op.arg("training") else s
+        return s
 
     def _scale(self, op: Op, f, num_dims: int) -> torch.Tensor:
         weight = op.arg("weight")
@@ -126,7 +114,26 @@ class BatchNorm(Rule):
             yield op.inputs[0], self._mixed(s, op)
 
 
-class GroupNorm(Rule):
+class BatchNorm(ChannelNorm):
+    """In eval an affine map per channel; with batch statistics it mixes over everything but channels."""
+
+    def link(self, op: Op, s: Structure) -> None:
+        x, out = op.inputs[0], op.out
+        for a, b in zip(s.dims(x), s.dims(out), strict=True):
+            s.same(a, b)
+        for ref in op.inputs[1:]:
+            s.same(s.dims(x)[1], s.dims(ref)[0])
+            s.role(ref, 0, "affine")
+        if op.arg("training"):
+            for d in range(len(s.dims(x))):
+                if d != 1:
+                    s.pin(s.dims(x)[d], "takes statistics over it", op)
+
+    def _mixed(self, s: torch.Tensor, op: Op) -> torch.Tensor:
+        return sets.any_over(s, [d for d in range(s.dim()) if d != 1]) if op.arg("training") else s
+
+
+class GroupNorm(ChannelNorm):
     """Whole groups may go; within a group everything is kept."""
 
     def link(self, op: Op, s: Structure) -> None:
@@ -152,20 +159,6 @@ class GroupNorm(Rule):
         groups = op.arg("group")
         wide = s.reshape(s.size(0), groups, -1)
         return wide.any(-1, keepdim=True).expand_as(wide).reshape(s.shape)
-
-    def _scale(self, op: Op, f, num_dims: int) -> torch.Tensor:
-        weight = op.arg("weight")
-        known = torch.tensor([True]) if weight is None else f.nonzero(weight)
-        return known.reshape([1, -1] + [1] * (num_dims - 2))
-
-    def taint(self, op: Op, f) -> list[torch.Tensor]:
-        s = self._mixed(f.tainted(op.inputs[0]), op)
-        s = s & self._scale(op, f, s.dim())
-        return [s] + [sets.uniform(rank(ref, f), True) for ref in op.outputs[1:]]
-
-    def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
-        if seen[0] is not None:
-            yield op.inputs[0], self._mixed(seen[0] & self._scale(op, f, seen[0].dim()), op)
 
 
 class Embedding(Rule):

@@ -9,22 +9,29 @@ from __future__ import annotations
 import torch
 
 from dist_compress.speedup import sets
-from dist_compress.speedup.rules import rule_of
 from dist_compress.tracing import Ref, Trace
 
 
 class Facts:
-    """Needs a trace with values. Sets are on the CPU, broadcast-compressed."""
+    """What `propagation.propagate` finds out. Needs a trace with values. Sets are on the CPU, broadcast-compressed."""
 
     def __init__(self, trace: Trace):
         self.trace = trace
         self._tainted: dict[int, torch.Tensor] = {}
         self._observed: dict[int, torch.Tensor] = {}
         self._nonzero: dict[int, torch.Tensor] = {}
-        for ref in trace.inputs:
-            self._tainted[ref.id] = sets.uniform(len(self.shape(ref)), True)
-        self._forward()
-        self._backward()
+
+    def taint(self, ref: Ref, elements: torch.Tensor) -> None:
+        self._tainted[ref.id] = sets.canonical(elements)
+
+    def observe(self, ref: Ref, elements: torch.Tensor) -> None:
+        """Add to what is observed of `ref`."""
+        old = self._observed.get(ref.id)
+        self._observed[ref.id] = sets.canonical(elements if old is None else old | elements)
+
+    def seen(self, ref: Ref) -> torch.Tensor | None:
+        """As `observed`; None when nothing was observed yet."""
+        return self._observed.get(ref.id)
 
     def shape(self, ref: Ref) -> tuple[int, ...]:
         return self.trace.info(ref).shape
@@ -58,22 +65,3 @@ class Facts:
 
     def alive(self, ref: Ref) -> torch.Tensor:
         return self.observed(ref) & self.tainted(ref)
-
-    def _forward(self) -> None:
-        for op in self.trace.tape:
-            if any(self.dependent(ref) for ref in op.inputs):
-                for ref, s in zip(op.outputs, rule_of(op).taint(op, self), strict=True):
-                    if ref is not None:
-                        self._tainted[ref.id] = sets.canonical(s)
-
-    def _backward(self) -> None:
-        for ref in self.trace.outputs:
-            self._observed[ref.id] = sets.uniform(len(self.shape(ref)), True)
-        for op in reversed(self.trace.tape):
-            seen = [None if ref is None else self._observed.get(ref.id) for ref in op.outputs]
-            if all(s is None for s in seen) or not any(self.dependent(ref) for ref in op.inputs):
-                continue
-            for ref, s in rule_of(op).live(op, self, seen):
-                if self.dependent(ref):
-                    old = self._observed.get(ref.id)
-                    self._observed[ref.id] = sets.canonical(s if old is None else old | s)

@@ -19,6 +19,7 @@ from dist_compress.speedup.facts import Facts
 from dist_compress.speedup.fold import close_constants
 from dist_compress.speedup.keep import Keep, build, pin_modules
 from dist_compress.speedup.plan import Blocked, Plan
+from dist_compress.speedup.propagation import propagate
 from dist_compress.speedup.structure import Structure
 from dist_compress.speedup.verify import verify
 from dist_compress.tracing import Ref, Trace, TraceError, trace
@@ -33,7 +34,7 @@ def make_plan(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, An
     """
     recorded = trace(model, args, kwargs, values=True)
     structure = build(recorded, model, args, kwargs)
-    facts = Facts(recorded)
+    facts = propagate(recorded)
     banned: set[str] = set()
     while True:
         pins = pin_modules(structure, banned)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 
 from dist_compress.speedup import sets
+from dist_compress.speedup.facts import Facts
 from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import Op, Ref
-
-if TYPE_CHECKING:
-    from dist_compress.speedup.facts import Facts
 
 Seen = list[torch.Tensor | None]  # per output of an op: its observed elements; None when nothing sees it
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dist_compress.speedup.facts import Facts
+from dist_compress.speedup.propagation import propagate
 from dist_compress.tracing import trace
 
 
@@ -62,7 +62,7 @@ def test_taint_and_liveness_cover_what_really_depends(name):
     model, shape = CASES[name]()
     x = torch.randn(shape)
     recorded = trace(model, (x,), values=True)
-    facts = Facts(recorded)
+    facts = propagate(recorded)
     out = recorded.outputs[0]
     changed = torch.zeros(recorded.info(out).shape, dtype=torch.bool)
     for _ in range(4):

@@ -1,0 +1,30 @@
+"""Taint forwards, liveness backwards, by the rule of each op."""
+
+from __future__ import annotations
+
+from dist_compress.speedup import sets
+from dist_compress.speedup.facts import Facts
+from dist_compress.speedup.rules import rule_of
+from dist_compress.tracing import Trace
+
+
+def propagate(trace: Trace) -> Facts:
+    """What depends on the inputs of a trace with values, and what its outputs can see. Local."""
+    facts = Facts(trace)
+    for ref in trace.inputs:
+        facts.taint(ref, sets.uniform(len(facts.shape(ref)), True))
+    for op in trace.tape:
+        if any(facts.dependent(ref) for ref in op.inputs):
+            for ref, elements in zip(op.outputs, rule_of(op).taint(op, facts), strict=True):
+                if ref is not None:
+                    facts.taint(ref, elements)
+    for ref in trace.outputs:
+        facts.observe(ref, sets.uniform(len(facts.shape(ref)), True))
+    for op in reversed(trace.tape):
+        seen = [None if ref is None else facts.seen(ref) for ref in op.outputs]
+        if all(s is None for s in seen) or not any(facts.dependent(ref) for ref in op.inputs):
+            continue
+        for ref, elements in rule_of(op).live(op, facts, seen):
+            if facts.dependent(ref):
+                facts.observe(ref, elements)
+    return facts
