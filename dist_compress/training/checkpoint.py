@@ -30,11 +30,12 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from dist_compress import comm
 from dist_compress.config import Config
 from dist_compress.errors import UserError
+from dist_compress.training import metadata
 
 _TENSOR = "__tensor__"
 _FREE = tuple(  # what may differ on resuming
     "run_dir model.weights data.root data.in_memory data.num_workers train.eval_batch_size train.num_threads "
-    "train.log_every_steps backend.timeout_s checkpoint export logger launch".split()
+    "train.log_every_steps backend.timeout_s speedup.tolerance checkpoint export logger launch".split()
 )
 
 
@@ -101,6 +102,7 @@ def load(folder: Path) -> dict[str, Any]:
     reader = FileSystemReader(folder)
     try:
         tree = json.loads((folder / "state.json").read_text())
+        metadata.check(folder)
         entries = reader.read_metadata().state_dict_metadata
         tensors = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
