@@ -1,6 +1,6 @@
 """`python -m dist_compress ...` on one rank, `torchrun ... -m dist_compress ...` on several.
 
-Exit codes, on every rank alike: 0; 1 when the run failed; 2 when its configuration is at fault; 75 when a
+Exit codes, on every rank alike: 0; 1 when the run failed; 2 for what the user can mend (UserError); 75 when a
 signal stopped it after a checkpoint. An error is shown once in the whole run, by the rank that met it first,
 and is in the log of each rank that met it.
 """
@@ -24,6 +24,7 @@ from dist_compress.errors import UserError
 
 _YIELD_S = 1  # torchrun blames the first to exit and stops the others: not the one that only lost contact
 _TOLD_BY_RANK_0_S = 15  # how long the other ranks wait for rank 0 to say what they all found
+_NOTICE_S = 0.2  # a connection may break before its process has quite ended
 _LAST_WORDS_S = 2  # torchrun's SIGTERM: time to say which collective lost contact
 _LOST_CONTACT = re.compile(
     r"connection (closed|reset|refused)|broken pipe|timed? ?out|connectFullMesh|remote process", re.IGNORECASE
@@ -66,23 +67,32 @@ def _run(config: Config) -> int:
         comm.shutdown()
         return code
     except BaseException as error:
-        trace = "".join(traceback.format_exception(error)).rstrip()
-        lost_contact = isinstance(error, RuntimeError) and _LOST_CONTACT.search(str(error))
-        if isinstance(error, UserError):
-            text = f"error: {error}"
-        elif lost_contact:
-            text = f"error: rank {comm.rank()} lost contact with another rank in {_collective(error)}."
-        elif isinstance(error, KeyboardInterrupt):
-            text = "interrupted"
-        else:
-            text = trace
-        first = comm.claim("error")
-        (run_folder.console.say if first else run_folder.console.note)(text)
-        if text is not trace:
-            run_folder.console.note(trace)
-        if lost_contact or not first:
-            time.sleep(_YIELD_S)
-        return 1
+        return _tell(error)
+
+
+def _tell(error: BaseException) -> int:
+    """Show what ended this rank, unless another rank has shown it; keep it in this rank's log. The exit code. Local."""
+    from dist_compress import comm, run_folder
+
+    trace = "".join(traceback.format_exception(error)).rstrip()
+    lost_contact = isinstance(error, RuntimeError) and _LOST_CONTACT.search(str(error))
+    if isinstance(error, UserError):
+        text = f"error: {error}"
+    elif lost_contact:
+        time.sleep(_NOTICE_S)
+        text = f"error: rank {comm.rank()} lost contact with another rank in {_collective(error)}: "
+        text += f"{comm.who_is_gone()}. Started again, the run goes on from its last checkpoint."
+    elif isinstance(error, KeyboardInterrupt):
+        text = "interrupted"
+    else:
+        text = trace
+    first = comm.claim("error")
+    (run_folder.console.say if first else run_folder.console.note)(text)
+    if text is not trace:
+        run_folder.console.note(trace)
+    if lost_contact or not first:
+        time.sleep(_YIELD_S)
+    return 2 if isinstance(error, UserError) else 1
 
 
 def _collective(error: BaseException) -> str:

@@ -10,6 +10,7 @@ adds in an order that depends on the number of ranks.
 from __future__ import annotations
 
 import os
+import socket
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -53,6 +54,7 @@ def init(
     timeout = timedelta(seconds=timeout_s)
     _store = store or _environment_store(rank, timeout)
     backend = "nccl" if device == "cuda" else "gloo"
+    _store.set(f"place/{rank}", f"{socket.gethostname()} {os.getpid()}")
     dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=timeout)
     _objects = dist.new_group(backend="gloo", timeout=timeout) if device == "cuda" else None  # type: ignore
 
@@ -254,6 +256,39 @@ def sum_hook(state, bucket):  # type: ignore[no-untyped-def]
     calls["sum_hook"] += 1
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
+
+
+def who_is_gone() -> str:
+    """Which ranks of this node have ended, in words, for the report on a lost contact. Local; never waits long.
+
+    Ranks of other nodes are only named: whether they live is known there.
+    """
+    here, gone, elsewhere = socket.gethostname(), [], []
+    try:
+        places = [_store.get(f"place/{r}").decode().split() for r in range(world_size())] if _store else []
+    except RuntimeError:
+        return "the store of the run is gone, and rank 0 or its torchrun with it"
+    for r, (host, process) in enumerate(places):
+        if host != here:
+            elsewhere.append(f"{r} on {host}")
+        elif not _lives(int(process)):
+            gone.append(f"rank {r} (process {process})")
+    if gone:
+        return f"{', '.join(gone)} on {here} is gone"
+    return "all ranks of this node live" + (f", others are {', '.join(elsewhere)}" if elsewhere else "")
+
+
+def _lives(process: int) -> bool:
+    """Whether a process of this machine runs; one that ended and is not yet collected does not."""
+    try:
+        os.kill(process, 0)
+    except OSError:
+        return False
+    try:
+        with open(f"/proc/{process}/stat") as stat:  # pid (name) state ..
+            return stat.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:  # no /proc: not Linux
+        return True
 
 
 def claim(name: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser  # no public way to Hydra's own flags
@@ -72,6 +73,8 @@ def compose(args: argparse.Namespace) -> config.Config:
             composed = hydra_compose(args.config_name or "config", overrides=args.overrides)
         except MissingConfigException as error:
             raise _missing(error) from None
+        except yaml.YAMLError as error:  # names the file and the line
+            raise UserError(f"A configuration file is no YAML: {error}") from None
         except HydraException as error:
             key = getattr(error.__cause__, "full_key", None)
             if key:

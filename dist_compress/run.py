@@ -3,7 +3,8 @@
     build -> trace, couple, attach -> train to the dense plateau -> measure -> compress while training
     -> plan on rank 0, apply everywhere, verify -> fine-tune the small model -> evaluate -> export, check, report
 
-A run that was stopped goes on from the newest checkpoint of its folder, in the phase the checkpoint was written in.
+A run that was stopped goes on from the newest checkpoint of its folder, in the phase the checkpoint was written in;
+one that had finished has a checkpoint of its last step, and only delivers again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -62,6 +64,7 @@ class Job:
         self.config, self.run_dir = config, Path(config.run_dir)
         for name in config.export:
             export.find(name)
+        comm.on_rank0(lambda: _refuse_other_results(self.run_dir, config))
         determinism.set_up(config.train)  # before the first kernel runs: cuBLAS asks once
         self.data = data.build(config.data, config.seed)
         self.task = task.build(config.task)
@@ -89,7 +92,8 @@ class Job:
         if newest is not None:
             self.trainer.resume(newest)
             self.trainer.phase = phase
-            self.reporter.event(f"resumed at step {self.trainer.step} from {newest.name}", self.trainer.step)
+            rest = ": trained to the end, delivering again" if self.trainer.step >= self.length.total_steps else ""
+            self.reporter.event(f"resumed at step {self.trainer.step} from {newest.name}{rest}", self.trainer.step)
         comm.on_rank0(lambda: (self.run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8"))
 
     def dense_model(self) -> nn.Module:
@@ -217,6 +221,8 @@ class Job:
     def deliver(self) -> None:
         """Evaluate, export, check what was exported, write the summary and the report."""
         self.trainer.settle()
+        if self.length.total_steps and not checkpoint.has(self.run_dir, self.trainer.step):
+            self.trainer.save()  # so that whatever stops the delivery, training is done
         metrics = self.evaluate()
         if not self.methods:  # plain training, or evaluation alone
             self.outcome.before(self.model, metrics)
@@ -241,6 +247,13 @@ def _check_replicas(model: nn.Module, step: int) -> None:
         for name, mark in tensor_fingerprints(model).items():
             comm.check_equal(f"fingerprint of {name}", mark, step)
         raise
+
+
+def _refuse_other_results(run_dir: Path, config: Config) -> None:
+    """A folder with the results of a run is that configuration's, whether or not it still has checkpoints."""
+    told = run_dir / "config.yaml"
+    if (run_dir / "summary.json").is_file() and told.is_file():
+        checkpoint.check_config(run_dir, yaml.safe_load(told.read_text(encoding="utf-8")), config)
 
 
 def _outputs(model: nn.Module, inputs: Any) -> Any:

@@ -67,7 +67,7 @@ def test_a_fault_of_the_configuration_is_shown_once_and_stops_every_rank(tmp_pat
 def test_a_fault_that_every_rank_meets_in_the_run_is_shown_once(tmp_path):
     done = command("run_dir=kept", folder=tmp_path, ranks=2, stand_in="user_error")
     assert (done.stdout + done.stderr).count("error: data.root='nowhere': no such folder.") == 1
-    assert "UserError" not in done.stderr and exit_codes(done.stderr) == {0: 1, 1: 1}
+    assert "UserError" not in done.stderr and exit_codes(done.stderr) == {0: 2, 1: 2}
     assert "UserError" in (tmp_path / "kept/logs/rank_1.log").read_text()
 
 
@@ -75,7 +75,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
     done = command("run_dir=file/run", folder=tmp_path, ranks=2, stand_in="good")
     assert len(re.findall("error: run_dir=.*file/run: cannot write there", done.stderr)) == 1
-    assert set(exit_codes(done.stderr).values()) == {1}
+    assert set(exit_codes(done.stderr).values()) == {2}
 
 
 def test_our_fault_on_one_rank_is_shown_with_its_traceback(tmp_path):
@@ -89,6 +89,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(tmp_path):
     done = command("run_dir=kept", folder=tmp_path, ranks=2, stand_in="killed")
     assert exit_codes(done.stderr) == {0: 1, 1: -9}
     assert done.stderr.count("error: rank 0 lost contact with another rank in all_reduce, called at") == 1
+    assert re.search(r"sitecustomize.py:\d+: rank 1 \(process \d+\) on \S+ is gone", done.stderr), done.stderr
 
 
 def test_a_sweep_runs_each_point_and_names_the_one_that_failed(tmp_path):

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from dist_compress.config import ModelConfig
-from dist_compress.errors import UserError
+from dist_compress.errors import UserError, raised_by
 from dist_compress.models import resnet_cifar
 
 log = logging.getLogger(__name__)
@@ -151,8 +151,10 @@ def _from_target(config: ModelConfig, num_classes: int) -> nn.Module:
         kwargs.setdefault("num_classes", num_classes)
     try:
         model = factory(**kwargs)
-    except TypeError as error:
-        raise UserError(f"model._target_={name!r} refuses its arguments: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise raised_by(f"model._target_={name!r} with {kwargs}", error) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model._target_={name!r}: returned a {type(model).__name__}, not a torch.nn.Module.")
     return model.train()

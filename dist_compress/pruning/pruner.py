@@ -56,7 +56,10 @@ class Pruner(Method):
         self.elements = Elements(self.settings, model, context.coupling, self.config.compute)
         if not self.sets and not self.elements.groups:
             reasons = "; ".join(f"{k.module}: {k.reason}" for k in self.kept[:10])
-            raise UserError(f"pruning.config_list: no target can be pruned. {reasons}. Add what they are coupled with.")
+            raise UserError(
+                f"pruning.config_list: no target can be pruned. {reasons}. Name other modules, or what these "
+                "are coupled with; pruning=none trains without."
+            )
         self.removed = [torch.zeros(s.num_units, dtype=torch.bool) for s in self.sets]
         self.budgets = self._budgets()
         for group in self.budgets.values():

@@ -24,7 +24,8 @@ class Reporter:
     """Call it alike on every rank; on all but rank 0 every method does nothing. No collectives.
 
     Writes `run_dir/metrics.jsonl` (one line a step) and `run_dir/events.jsonl`. A step is the number of
-    optimizer steps done. With `resumed`, what was recorded beyond the first step told again is dropped.
+    optimizer steps done. With `resumed`, what was recorded beyond the first step told again is dropped. Nothing of
+    an earlier run is touched before the first `log` or `event`: the run may still be refused.
     """
 
     def __init__(self, config: Config, run_dir: str | Path, total_steps: int, resumed: bool = False) -> None:
@@ -32,15 +33,18 @@ class Reporter:
         self._step: int | None = None if resumed else 0
         self._summary: dict[str, Any] = {}
         self.run_dir = Path(run_dir)
-        if not self._active:
-            return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._metrics = records.Records(self.run_dir / "metrics.jsonl", resumed=resumed)
-        self._events = records.Records(self.run_dir / "events.jsonl", resumed=resumed, merge=False)
+        self._config, self._resumed, self._opened = config, resumed, False
         self._progress = ProgressLine(total_steps)
-        self._tracker = Tracker(
-            config, self.run_dir, resumed=resumed, facts={"world_size": comm.world_size()}
-        )
+
+    def _open(self) -> None:
+        if self._opened:
+            return
+        self._opened = True
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._metrics = records.Records(self.run_dir / "metrics.jsonl", resumed=self._resumed)
+        self._events = records.Records(self.run_dir / "events.jsonl", resumed=self._resumed, merge=False)
+        facts = {"world_size": comm.world_size()}
+        self._tracker = Tracker(self._config, self.run_dir, resumed=self._resumed, facts=facts)
 
     def expect(self, total_steps: int) -> None:
         """How long the run will be, where that was not known at first. Before the first `log`."""
@@ -51,6 +55,7 @@ class Reporter:
         """Record series measured when `step` steps were done. Those of one step may come in several calls."""
         if not self._active or not series:
             return
+        self._open()
         self._step = step
         values = {name: float(value) for name, value in series.items()}
         self._metrics.add(step, values)
@@ -61,6 +66,7 @@ class Reporter:
         """Something worth a line on the console and in the report. `step`: None for the last one logged."""
         if not self._active:
             return
+        self._open()
         _log.info("%s", text)
         step = self._step if step is None else step
         if step is not None:  # a resumed run knows its place from the first `log` on
@@ -69,6 +75,7 @@ class Reporter:
     def summary(self, summary: Mapping[str, Any]) -> None:
         """The flat result of the run, shown as a table by `close` and sent to W&B under the same names."""
         if self._active:
+            self._open()
             self._summary = dict(summary)
             self._tracker.summary(self._summary)
 
@@ -81,6 +88,8 @@ class Reporter:
             return
         self._active = False
         self._progress.close()
+        if not self._opened:
+            return
         self._metrics.close()
         self._events.close()
         if self._summary:

@@ -44,7 +44,7 @@ def mode_of(config: Config) -> str:
         if config.logger.mode not in _MODES:
             raise UserError(f"logger.mode={config.logger.mode!r}: must be one of {', '.join(_MODES)}.")
         return config.logger.mode
-    asked = os.environ.get("WANDB_MODE", "offline")
+    asked = os.environ.get("WANDB_MODE") or "offline"
     if asked not in _MODES:
         _log.warning("WANDB_MODE=%r is none of %s: recording offline.", asked, ", ".join(_MODES))
         return "offline"
@@ -120,6 +120,7 @@ class Tracker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                env={**os.environ, "WANDB_MODE": self._mode},  # decided here; what W&B cannot read would stop it
                 start_new_session=True,  # Ctrl-C is for the run; the end of the pipe is for the helper
             )
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._send, self._listen)]

@@ -34,7 +34,7 @@ from dist_compress.training import metadata
 
 _TENSOR = "__tensor__"
 _FREE = tuple(  # what may differ on resuming
-    "run_dir model.weights data.root data.in_memory data.num_workers train.eval_batch_size train.num_threads "
+    "run_dir data.root data.in_memory data.num_workers train.eval_batch_size train.num_threads "
     "train.log_every_steps backend.timeout_s speedup.tolerance checkpoint export logger launch".split()
 )
 
@@ -47,7 +47,7 @@ def save(run_dir: Path, step: int, state: dict[str, Any], meta: dict[str, Any], 
     cannot be written; what was there before stays.
     """
     parent = Path(run_dir) / "checkpoints"
-    final, draft = parent / f"step_{step:08d}", parent / f".writing_step_{step:08d}"
+    final, draft = parent / _name(step), parent / f".writing_step_{step:08d}"
     tree, tensors = _split(state)
 
     def prepare() -> None:
@@ -78,6 +78,12 @@ def save(run_dir: Path, step: int, state: dict[str, Any], meta: dict[str, Any], 
 def latest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run as rank 0 sees it. Collective."""
     return comm.on_rank0(lambda: next(reversed(_complete(Path(run_dir) / "checkpoints")), None))
+
+
+def has(run_dir: Path, step: int) -> bool:
+    """Whether the newest complete checkpoint is that of `step`. Collective."""
+    newest = latest(run_dir)
+    return newest is not None and newest.name == _name(step)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -116,17 +122,18 @@ def load(folder: Path) -> dict[str, Any]:
     return _join(tree, tensors)
 
 
-def check_config(folder: Path, meta: dict[str, Any], config: Config) -> None:
-    """Raise UserError unless the checkpoint was trained by `config`, but for what changes no result.
-    Local."""
-    here, there = _flat(json.loads(json.dumps(asdict(config)))), _flat(meta["config"])
+def check_config(folder: Path, saved: dict[str, Any], config: Config) -> None:
+    """Raise UserError unless what lies in `folder` was made by `config`, but for what changes no result. Local.
+
+    `saved`: the configuration it was made by, as plain values.
+    """
+    here, there = _flat(json.loads(json.dumps(asdict(config)))), _flat(saved)
     differ = [k for k in sorted(here | there) if here.get(k) != there.get(k) and not k.startswith(_FREE)]
     if differ:
         said = "; ".join(f"{k} was {there.get(k)!r}, now {here.get(k)!r}" for k in differ[:5])
         raise UserError(
-            f"The checkpoint {folder} belongs to another configuration: {said}. Set it back to resume, or "
-            f"choose "
-            "another run_dir to start afresh."
+            f"{folder} belongs to another configuration: {said}. Set it back to resume, or choose another run_dir "
+            "to start afresh."
         )
 
 
@@ -175,6 +182,10 @@ def _join(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
             return tensors[tree[_TENSOR]]
         return {key: _join(value, tensors) for key, value in tree.items()}
     return [_join(value, tensors) for value in tree] if isinstance(tree, list) else tree
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 def _complete(parent: Path) -> list[Path]:

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from dist_compress.errors import UserError
+from dist_compress.errors import UserError, raised_by
 
 
 def instantiate(target: dict[str, Any], key: str) -> Any:
@@ -21,5 +21,7 @@ def instantiate(target: dict[str, Any], key: str) -> Any:
         ) from None
     try:
         return function(**kwargs)
-    except TypeError as error:
-        raise UserError(f"{key}._target_={path!r} with {kwargs}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise raised_by(f"{key}._target_={path!r} with {kwargs}", error) from error

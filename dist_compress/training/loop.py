@@ -192,7 +192,7 @@ class Trainer:
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint, written at any number of ranks, of this model and configuration."""
-        checkpoint.check_config(folder, checkpoint.read_meta(folder), self.config)
+        checkpoint.check_config(folder, checkpoint.read_meta(folder)["config"], self.config)
         state = checkpoint.load(folder)
         checkpoint.check_model(folder, state["model"], self.model)
         self.load_state(state)

@@ -126,10 +126,10 @@ def test_another_configuration_is_refused_by_the_keys_that_differ(tmp_path):
     config = Config()
     meta = {"config": asdict(config)}
     config.run_dir, config.data.root, config.train.log_every_steps = "elsewhere", "/moved", 1
-    checkpoint.check_config(tmp_path, meta, config)
+    checkpoint.check_config(tmp_path, meta["config"], config)
     config.optim.lr, config.pruning.config_list = 0.5, [{"op_types": ["Conv2d"]}]
     with pytest.raises(UserError, match=r"optim\.lr was 0\.1, now 0\.5; pruning\.config_list was \[\], now"):
-        checkpoint.check_config(tmp_path, meta, config)
+        checkpoint.check_config(tmp_path, meta["config"], config)
 
 
 def test_another_model_is_refused_with_the_first_difference(tmp_path):

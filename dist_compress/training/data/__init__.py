@@ -85,4 +85,4 @@ def _check(config: DataConfig) -> None:
                 f"{', above 0' if key == 'std' else ''}, for pixels in 0..1."
             )
     if config.source != "digits" and config.root is None:
-        raise UserError(f"data.root is not set, and data.source={config.source!r} reads its images there.")
+        raise UserError(f"data.root is not set, and data.source={config.source!r} reads images: give their folder.")
