@@ -30,6 +30,7 @@ from dist_compress.method import Context
 from dist_compress.projection import Projection
 from dist_compress.pruning import config_list
 from dist_compress.target import Coupling
+from dist_compress.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -257,6 +258,11 @@ def test_extensions_make_a_run(tmp_path: Path):
 
 
 # docs/operations.md
+
+
+def test_the_keys_that_may_change_on_resuming_are_those_of_the_check():
+    said = text("docs/operations.md").partition("may change, and these keys: ")[2].partition(". Another")[0]
+    assert sorted(re.findall(r"`([\w.]+)`", said)) == sorted(checkpoint._FREE)
 
 
 def test_the_messages_of_the_troubleshooting_table_are_those_of_the_program():
