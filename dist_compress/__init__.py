@@ -14,11 +14,14 @@ __version__ = "0.1.0"
 __all__ = ["concrete_trace", "load"]
 
 
-def load(folder: str | Path) -> nn.Module:
-    """The model a run left in `folder`, small, with its weights, in evaluation mode on the CPU. No pickle."""
+def load(folder: str | Path, trust: bool = False) -> nn.Module:
+    """The model a run left in `folder`, small, with its weights, in evaluation mode on the CPU. No pickle.
+
+    `trust`: whether code that the folder names may be called, as a model of one's own (`model._target_`) needs.
+    """
     from dist_compress.export.safetensors import load
 
-    return load(folder)
+    return load(folder, trust)
 
 
 def concrete_trace(

@@ -53,15 +53,21 @@ def export(run_dir: str | Path, model: nn.Module, plan: Plan | None, config: Con
         (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def load(folder: str | Path) -> nn.Module:
+def load(folder: str | Path, trust: bool = False) -> nn.Module:
     """The model that `export` wrote into `folder`, in evaluation mode on the CPU. Local.
 
     On the machine that wrote it, its outputs are the exported model's bit for bit. A model of the user's own
-    (`model._target_`) is built by calling that callable, so load folders of such runs only if you trust them.
+    (`model._target_`) is built by calling what the folder names, which may do anything: only with `trust`.
     Raises UserError for a folder that no run wrote, a file that is missing, or weights that do not fit.
     """
     folder = Path(folder).expanduser()
     description = _read_description(folder)
+    target = description["model"].get("target")
+    if target and not trust:
+        raise UserError(
+            f"load({str(folder)!r}): its model is made by calling {target.get('_target_')!r}, with arguments from the "
+            "folder. Only if you trust whoever wrote it: load(folder, trust=True)."
+        )
     model = models.build(ModelConfig(**description["model"]), description["num_classes"], seed=0)
     if description["pruned"]:
         apply(model, Plan.load(folder))
@@ -77,7 +83,7 @@ def check(run_dir: str | Path, model: nn.Module, example: Any, tolerance: float 
     Raises RuntimeError above `tolerance`. 0.0 is normal; some kernels of a GPU vary from call to call.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    wanted, found = _outputs(model, example), _outputs(load(run_dir).to(device), example)
+    wanted, found = _outputs(model, example), _outputs(load(run_dir, trust=True).to(device), example)
     scales = [a.abs().max().clamp_min(torch.finfo(torch.float64).tiny) for a in wanted]
     differences = [(a - b).abs().max() / s for a, b, s in zip(wanted, found, scales, strict=True)]
     difference = torch.stack(differences).max().item()  # NaN if any is

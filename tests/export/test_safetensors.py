@@ -120,8 +120,21 @@ def test_ties_are_saved_once_and_come_back_tied(tmp_path, monkeypatch):
     model = Tied()
     safetensors.export(tmp_path, model, None, Config(model=config), example)
     assert safetensors.check(tmp_path, model, example) == 0.0
-    loaded = dist_compress.load(tmp_path)
+    loaded = dist_compress.load(tmp_path, trust=True)
     assert loaded.a.weight is loaded.b.weight
+
+
+def test_what_a_folder_names_is_called_only_when_trusted(tmp_path):
+    """`torch.load` of a pickle, say, is not on any list of what Hydra refuses to call."""
+    config = ModelConfig(target={"_target_": "torchvision.models.squeezenet1_1", "num_classes": 7})
+    safetensors.export(tmp_path, trained(config), None, Config(model=config), EXAMPLE)
+    file, ran = tmp_path / "model.json", tmp_path / "ran"
+    description = json.loads(file.read_text())
+    description["model"]["target"] = {"_target_": "torch.save", "obj": 1, "f": str(ran)}
+    file.write_text(json.dumps(description))
+    with pytest.raises(UserError, match=r"'torch\.save'.*trust=True"):
+        dist_compress.load(tmp_path)
+    assert not ran.exists()
 
 
 def test_check_refuses_other_weights(tmp_path):
