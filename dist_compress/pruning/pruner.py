@@ -73,8 +73,9 @@ class Pruner(Method):
             driven[0].method if driven else "",
         )
         first, *later = sorted(self.schedule)
-        # Each decision hears the steps since the one before it, and the first as many.
-        self.listen_from = max(first - (later[0] - first), 0) if later else 0
+        # Each decision hears the steps since the one before it, the first as many, a single one those of an epoch.
+        heard = later[0] - first if later else max(round(context.steps_per_epoch), 1)
+        self.listen_from = max(first - heard, 0)
         self.driven = [i for i, s in enumerate(self.sets) if self.scorers[s.targets[0]].data_driven]
         self.gates: Gates | None = None
         if self.driven:

@@ -67,6 +67,16 @@ def test_negative_control_without_the_reduction_the_statistics_differ(ranks):
     assert not torch.equal(a.argsort()[: len(a) // 2].sort()[0], one.argsort()[: len(a) // 2].sort()[0])
 
 
+@pytest.mark.parametrize(("decisions", "heard"), [(1, 2), (2, 3), (3, 2)])  # an epoch is 2 steps; from step 4 to 7
+def test_a_decision_does_not_hear_the_beginning_of_the_run(decisions, heard):
+    name = "one_shot" if decisions == 1 else "linear"
+    schedule = {"name": name, "start": "4steps", "end": "7steps", "num_decisions": decisions}
+    pruner, model, projection = attach(config(GLOBAL, method="taylor", schedule=schedule), total_steps=8)
+    first = min(pruner.schedule)
+    train(pruner, model, projection, range(first - 1))
+    assert pruner.gates.statistic.count() == heard - 1  # and one more in the step that ends in the decision
+
+
 def test_negative_control_abs_before_the_sum_changes_the_mask():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(20_000, generator=generator)
