@@ -234,7 +234,7 @@ def unpack(folder: Path) -> None:
 
 
 WITH_FILES_OF_THE_READER = """
-import sys, dist_compress.backends as backends, dist_compress.export as export
+import dist_compress, dist_compress.backends as backends, dist_compress.export as export
 backends.__path__.append("dist_compress/backends")
 export.__path__.append("dist_compress/export")
 from dist_compress.__main__ import main
