@@ -26,6 +26,8 @@ T = TypeVar("T")
 calls: Counter[str] = Counter()  # collectives by name, for tests that count them
 _store: dist.Store | None = None
 _objects: dist.ProcessGroup | None = None  # gloo group for objects and for waiting; None: the default group
+_patient: dist.ProcessGroup | None = None  # gloo group in which the others wait for work of rank 0 alone
+_PATIENCE = timedelta(days=2)  # a rank that dies is noticed at once all the same: its connections close
 _device = torch.device("cpu")
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -43,7 +45,7 @@ def init(
     `device`: "cpu" (gloo) or "cuda" (nccl, one GPU per local rank, and gloo for objects).
     `store`, `rank`, `world_size` replace the environment, for tests.
     """
-    global _store, _objects, _device
+    global _store, _objects, _patient, _device
     _device = torch.device("cuda", local_rank()) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(_device)
@@ -57,6 +59,7 @@ def init(
     _store.set(f"place/{rank}", f"{socket.gethostname()} {os.getpid()}")
     dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=timeout)
     _objects = dist.new_group(backend="gloo", timeout=timeout) if device == "cuda" else None  # type: ignore
+    _patient = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]
 
 
 def _environment_store(rank: int, timeout: timedelta) -> dist.Store:
@@ -74,12 +77,12 @@ def _environment_store(rank: int, timeout: timedelta) -> dist.Store:
 
 def shutdown(wait: bool = True) -> None:
     """Leave the group. Collective when `wait`, which a rank that failed must not ask for."""
-    global _store, _objects
+    global _store, _objects, _patient
     if is_initialized():
         if wait:
             barrier()
         dist.destroy_process_group()
-    _store = _objects = None
+    _store = _objects = _patient = None
 
 
 def is_initialized() -> bool:
@@ -135,13 +138,13 @@ def broadcast(t: torch.Tensor, src: int = 0) -> torch.Tensor:
     return t
 
 
-def broadcast_object(obj: T, src: int = 0) -> T:
-    """What rank `src` passed, on every rank. Collective."""
+def broadcast_object(obj: T, src: int = 0, patient: bool = False) -> T:
+    """What rank `src` passed, on every rank. Collective. `patient`: wait for it longer than `timeout_s`."""
     calls["broadcast_object"] += 1
     if not is_initialized():
         return obj
     box = [obj]
-    dist.broadcast_object_list(box, src, group=_objects)
+    dist.broadcast_object_list(box, src, group=_patient if patient else _objects)
     return box[0]
 
 
@@ -218,7 +221,7 @@ def ordered_sum(rows: torch.Tensor, num_rows: int, initial: torch.Tensor | None 
 
 
 def on_rank0(fn: Callable[[], T]) -> T:
-    """The result of `fn` on rank 0, on every rank; its exception, too. Collective."""
+    """The result of `fn` on rank 0, on every rank; its exception, too. Collective, however long `fn` takes."""
     result: Any = None
     failure: Exception | None = None
     if rank() == 0:
@@ -227,7 +230,7 @@ def on_rank0(fn: Callable[[], T]) -> T:
         except Exception as error:
             failure = error
     told = None if failure is None else (isinstance(failure, UserError), f"{failure}", type(failure).__name__)
-    told, result = broadcast_object((told, result))
+    told, result = broadcast_object((told, result), patient=True)
     if failure is not None:
         raise failure
     if told is not None:

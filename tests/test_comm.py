@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import RankError
 
 from dist_compress import comm
@@ -72,6 +73,28 @@ def test_every_rank_gets_the_same(ranks, n):
     for result in results:
         assert result[:6] == ({"from": n - 1}, list(range(n)), [n, 0], list(range(n)), 5, "rank 0")
     assert sum(result[6] for result in results) == 1
+
+
+def patience_of_groups() -> tuple[float, str]:
+    """In a group of its own that gives up after 2 seconds: rank 0 works for 3, alone and within a collective."""
+    size, rank, store = comm.world_size(), comm.rank(), comm._store
+    comm.shutdown()
+    comm.init(2.0, "cpu", store=dist.PrefixStore("impatient", store), rank=rank, world_size=size)
+    found = comm.on_rank0(lambda: time.sleep(3.0) or 7.0)
+    try:
+        if comm.rank() == 0:
+            time.sleep(3.0)
+        return found, comm.broadcast_object("in time")
+    except RuntimeError:
+        return found, "gave up"
+    finally:
+        comm.shutdown(wait=False)
+        comm.init(60.0, "cpu", store=dist.PrefixStore("again", store), rank=rank, world_size=size)
+
+
+def test_long_work_of_rank_0_does_not_time_out_and_a_late_rank_does(ranks):
+    first, second = ranks(2, patience_of_groups)
+    assert first[0] == 7.0 and second == (7.0, "gave up")
 
 
 def fail_on_rank0(user: bool) -> tuple[str, str]:
