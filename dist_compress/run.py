@@ -141,7 +141,10 @@ class Job:
         self.projection.project()
         _check_replicas(self.model, self.trainer.step)
         metrics = self.trainer.evaluate()
-        self.reporter.log(self.trainer.step, {f"eval/{name}": value for name, value in metrics.items()})
+        series = {f"eval/{name}": value for name, value in metrics.items()}
+        for method in self.methods:
+            series.update(method.metrics())
+        self.reporter.log(self.trainer.step, series)
         return metrics
 
     def train_dense(self) -> None:
