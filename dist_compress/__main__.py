@@ -7,6 +7,7 @@ and is in the log of each rank that met it.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
@@ -78,6 +79,8 @@ def _tell(error: BaseException) -> int:
     lost_contact = isinstance(error, RuntimeError) and _LOST_CONTACT.search(str(error))
     if isinstance(error, UserError):
         text = f"error: {error}"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text = f"error: run_dir: {error}. Free space, then start the same command again."
     elif lost_contact:
         time.sleep(_NOTICE_S)
         text = f"error: rank {comm.rank()} lost contact with another rank in {_collective(error)}: "

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -92,12 +93,14 @@ class Tee(io.TextIOBase):
         self.terminal, self.file = terminal, file
 
     def write(self, text: str) -> int:
-        self.file.write(_ESCAPES.sub("", text))
+        with suppress(OSError):  # a full disk must not silence the terminal
+            self.file.write(_ESCAPES.sub("", text))
         return self.terminal.write(text)
 
     def flush(self) -> None:
         self.terminal.flush()
-        self.file.flush()
+        with suppress(OSError):
+            self.file.flush()
 
     def isatty(self) -> bool:
         return self.terminal.isatty()
@@ -128,13 +131,15 @@ class Console:
     def say(self, text: str) -> None:
         """Show on the terminal, and keep in the log."""
         self.note(text)
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os.write(self.terminal, (text + "\n").encode())
 
     def note(self, text: str) -> None:
         """Keep in the log only."""
-        if self.log is not None:
-            print(text, file=self.log, flush=True)
+        with suppress(OSError):
+            if self.log is not None:
+                print(text, file=self.log, flush=True)
 
 
 console = Console()

@@ -85,6 +85,9 @@ def test_a_users_folder_adds_recipes_and_is_held_to_the_schema(tmp_path):
     recipe.write_text("# @package _global_\ntrain:\n  max_stps: 3\n")
     with pytest.raises(UserError, match="train.max_stps: no such key. Did you mean train.max_steps?"):
         composed("+recipe=mine", f"--config-dir={tmp_path}", "seed=1")
+    recipe.write_text("# @package _global_\ntrain:\n  max_steps: [3\n")
+    with pytest.raises(UserError, match=r"(?s)is no YAML: .*mine.yaml\", line 3"):
+        composed("+recipe=mine", f"--config-dir={tmp_path}")
 
 
 def test_a_users_folder_may_hold_the_main_config(tmp_path):

@@ -16,6 +16,8 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,13 +53,13 @@ def save(run_dir: Path, step: int, state: dict[str, Any], meta: dict[str, Any], 
     tree, tensors = _split(state)
 
     def prepare() -> None:
-        with _told(f"run_dir={str(run_dir)!r}: the checkpoint of step {step} cannot be written"):
+        with _told(run_dir, step):
             for left_over in parent.glob(".writing_*"):
                 shutil.rmtree(left_over)
             draft.mkdir(parents=True)
 
     def publish() -> None:
-        with _told(f"run_dir={str(run_dir)!r}: the checkpoint of step {step} cannot be written"):
+        with _told(run_dir, step):
             _write(draft / "state.json", tree)
             _write(draft / "meta.json", {**meta, "step": step, "files": _digests(draft)})
             if final.exists():  # the same step again, after a shrink: two renames, so that it is never half gone
@@ -70,7 +72,13 @@ def save(run_dir: Path, step: int, state: dict[str, Any], meta: dict[str, Any], 
     comm.on_rank0(prepare)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "no process group": meant
-        save_tensors(tensors, checkpoint_id=draft, **_group())
+        try:
+            save_tensors(tensors, checkpoint_id=draft, **_group())
+        except CheckpointException as error:  # the same on every rank, with what each of them met
+            met = next(iter(error.failures.values()))[0]
+            free_mb = shutil.disk_usage(parent).free / 1e6
+            comm.on_rank0(lambda: shutil.rmtree(draft, ignore_errors=True))
+            raise _unwritable(run_dir, step, f"{met}; {free_mb:.0f} MB were free") from error
     comm.on_rank0(publish)
     return final
 
@@ -219,14 +227,17 @@ def _damaged(folder: Path, why: str) -> UserError:
     )
 
 
-class _told:
-    """An OSError inside becomes a UserError that begins with `text`."""
+def _unwritable(run_dir: Path, step: int, why: object) -> UserError:
+    return UserError(
+        f"run_dir={str(run_dir)!r}: the checkpoint of step {step} cannot be written ({why}). "
+        "Those before it are whole. Free space or choose another folder."
+    )
 
-    def __init__(self, text: str) -> None:
-        self.text = text
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            raise UserError(f"{self.text} ({error}). Free space or choose another folder.") from None
+@contextmanager
+def _told(run_dir: Path, step: int) -> Iterator[None]:
+    """An OSError inside becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(run_dir, step, error) from None
