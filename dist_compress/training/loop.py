@@ -187,8 +187,10 @@ class Trainer:
         """Write a checkpoint of this step boundary into `run_dir`; nothing when the run has no folder."""
         if self.config.run_dir is None:
             return None
+        state = self.state()
+        optim.check_weights(state["model"], self.step, self.config.optim)
         meta = {"phase": self.phase, "config": asdict(self.config), "world_size": comm.world_size()}
-        return checkpoint.save(Path(self.config.run_dir), self.step, self.state(), meta, self.config.checkpoint.keep)
+        return checkpoint.save(Path(self.config.run_dir), self.step, state, meta, self.config.checkpoint.keep)
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint, written at any number of ranks, of this model and configuration."""

@@ -95,7 +95,18 @@ def load_by_name(optimizer: torch.optim.Optimizer, names: Names, state: State) -
 def check_loss(loss: float, step: int, config: OptimConfig) -> None:
     """Raise UserError unless the loss is finite. Local; the loss is the same on every rank."""
     if not math.isfinite(loss):
-        raise UserError(
-            f"The training loss is {loss} at step {step}. Lower optim.lr={config.lr}, add a warm-up "
-            "(optim.warmup=0.1) or set train.clip_norm=1.0. Checkpoints written before are untouched."
-        )
+        raise _diverged(f"The training loss is {loss}", step, config)
+
+
+def check_weights(weights: Mapping[str, torch.Tensor], step: int, config: OptimConfig) -> None:
+    """Raise UserError unless all weights are finite: a loss may be so when its gradients are not. Local."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise _diverged(f"{name} is not finite", step, config)
+
+
+def _diverged(what: str, step: int, config: OptimConfig) -> UserError:
+    return UserError(
+        f"{what} at step {step}. Lower optim.lr={config.lr}, add a warm-up "
+        "(optim.warmup=0.1) or set train.clip_norm=1.0. Checkpoints written before are untouched."
+    )

@@ -284,6 +284,29 @@ def test_a_loss_that_is_no_number_stops_every_rank_before_the_weights_are_spoilt
         assert "loss is nan at step 2" in text and "optim.lr" in text and step == 2 and finite
 
 
+class Root(Method):
+    """Adds 0 * sqrt(0): nothing to the loss, NaN to the gradients."""
+
+    def loss(self, step, batch, output):
+        return (output * 0).square().sum().sqrt() * 0 if step == 3 else None
+
+
+def spoil(run_dir: str) -> tuple[str, str]:
+    cfg = config()
+    cfg.run_dir, cfg.checkpoint.every_steps = run_dir, 2
+    t = trainer(cfg, [Root()])
+    try:
+        t.train(12)
+    except UserError as error:
+        return str(error), str(checkpoint.latest(Path(run_dir)))
+    return "", ""
+
+
+def test_weights_that_are_no_numbers_are_not_kept(ranks, tmp_path):
+    for text, newest in ranks(2, spoil, str(tmp_path)):
+        assert "weight is not finite at step 4" in text and newest.endswith("step_00000002")
+
+
 class Kill(Method):
     """Sends this process the signal that a scheduler sends, on one rank only."""
 
