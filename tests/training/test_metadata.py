@@ -21,7 +21,10 @@ class Evil:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.uint8])
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.uint8]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_what_a_run_writes_is_read(tmp_path, dtype):
     state = {"a": torch.ones(3, dtype=dtype), "none": torch.zeros(0, dtype=dtype), "scalar": torch.ones((), dtype=dtype)}
     loaded = checkpoint.load(checkpoint.save(tmp_path, 3, state, {}, 2))
