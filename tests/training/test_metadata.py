@@ -26,7 +26,8 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool,
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_a_run_writes_is_read(tmp_path, dtype):
-    state = {"a": torch.ones(3, dtype=dtype), "none": torch.zeros(0, dtype=dtype), "scalar": torch.ones((), dtype=dtype)}
+    full, none, scalar = torch.ones(3, dtype=dtype), torch.zeros(0, dtype=dtype), torch.ones((), dtype=dtype)
+    state = {"full": full, "none": none, "scalar": scalar}
     loaded = checkpoint.load(checkpoint.save(tmp_path, 3, state, {}, 2))
     assert all(torch.equal(loaded[name], state[name]) for name in state)
 
