@@ -65,13 +65,16 @@ def _run(config: Config) -> int:
             run(config)
         except SystemExit as stop:  # a signal, at a step boundary that the ranks agreed on
             code = stop.code if isinstance(stop.code, int) else 1
+            if comm.rank() == 0:
+                again = f"the same command with run_dir={config.run_dir} goes on from it"
+                run_folder.console.say(f"stopped by a signal after a checkpoint; {again}")
         comm.shutdown()
         return code
     except BaseException as error:
-        return _tell(error)
+        return _tell(error, config)
 
 
-def _tell(error: BaseException) -> int:
+def _tell(error: BaseException, config: Config) -> int:
     """Show what ended this rank, unless another rank has shown it; keep it in this rank's log. The exit code. Local."""
     from dist_compress import comm, run_folder
 
@@ -80,11 +83,11 @@ def _tell(error: BaseException) -> int:
     if isinstance(error, UserError):
         text = f"error: {error}"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        text = f"error: run_dir: {error}. Free space, then start the same command again."
+        text = f"error: run_dir={config.run_dir}: {error}. Free space, then start the same command again."
     elif lost_contact:
         time.sleep(_NOTICE_S)
         text = f"error: rank {comm.rank()} lost contact with another rank in {_collective(error)}: "
-        text += f"{comm.who_is_gone()}. Started again, the run goes on from its last checkpoint."
+        text += f"{comm.who_is_gone()}. With run_dir={config.run_dir} it goes on from its last checkpoint, if any."
     elif isinstance(error, KeyboardInterrupt):
         text = "interrupted"
     else:
