@@ -18,7 +18,6 @@ LAYERS = [
     ["compose", "run_folder"],
     ["run"],
     ["outcome"],
-    ["outcome"],
     ["training", "export", "reporting"],
     ["pruning", "quantization", "distillation", "speedup", "backends", "models"],
     ["method"],

@@ -52,7 +52,7 @@ class Plan:
         folder = Path(folder)
         tensors = {f"keep/{fqn}/{dim}": index for fqn, dims in self.keep.items() for dim, index in dims.items()}
         tensors |= {f"bias/{fqn}": value for fqn, value in self.bias.items()}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "plan.safetensors")
+        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / "plan.safetensors")
         content = {
             "version": 1,
             "fingerprint": self.fingerprint(),

@@ -36,7 +36,7 @@ from dist_compress.training import metadata
 
 _TENSOR = "__tensor__"
 _FREE = tuple(  # what may differ on resuming
-    "run_dir data.root data.in_memory data.num_workers train.eval_batch_size train.num_threads "
+    "run_dir data.root data.in_memory data.num_workers train.eval_batch_size "
     "train.log_every_steps backend.timeout_s speedup.tolerance checkpoint export logger launch".split()
 )
 

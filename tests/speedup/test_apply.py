@@ -157,3 +157,11 @@ def test_making_a_plan_leaves_the_model_alone():
     state = copy.deepcopy(model.state_dict())
     make_plan(model, (X,))
     assert model.training and all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_plan_of_tied_tensors_is_saved(tmp_path):
+    """Tied parameters share one index tensor, which the file format refuses."""
+    index = torch.arange(3)
+    plan = Plan({"a.weight": {0: index}, "b.weight": {0: index}})
+    plan.save(tmp_path)
+    assert Plan.load(tmp_path).fingerprint() == plan.fingerprint()
