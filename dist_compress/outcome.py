@@ -25,6 +25,7 @@ from dist_compress.speedup import Plan
 from dist_compress.speedup.cost import latencies, layer_costs, macs, num_bytes, num_params, resize_batch
 
 BATCH_SIZES = (1, 32)
+LATENCY_S = 1.5  # spent on timing both models
 
 
 class Outcome:
@@ -84,7 +85,7 @@ class Outcome:
 
     def latencies(self, dense: nn.Module, small: nn.Module) -> None:
         args, kwargs = self.example
-        for name, sizes in latencies({"before": dense, "after": small}, args, kwargs, BATCH_SIZES).items():
+        for name, sizes in latencies({"before": dense, "after": small}, args, kwargs, BATCH_SIZES, LATENCY_S).items():
             for batch, quantiles in sizes.items():
                 for quantile, value in quantiles.items():
                     self.summary[f"latency_ms/{quantile}/{name}/{batch}"] = value

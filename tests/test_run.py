@@ -32,8 +32,9 @@ def job(run_dir: str, *overrides: str) -> Any:
 
 def whole_run(run_dir: str, *overrides: str) -> dict[str, Any]:
     """The summary of an undisturbed run, with all decisions."""
-    from dist_compress import compose, run
+    from dist_compress import compose, outcome, run
 
+    outcome.LATENCY_S = 0.1  # no test here looks at it
     Path(run_dir).mkdir(exist_ok=True)
     run.run(compose.compose(compose.parse([*QUICK, *overrides, f"run_dir={run_dir}"])))
     return read_summary(run_dir)
@@ -94,8 +95,9 @@ def test_a_run_delivers_a_smaller_verified_model(one_rank: dict[str, dict[str, A
         assert summary["accuracy/masked"] == summary["accuracy/shrunk"]
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("method", ["taylor", "l1_norm", "l2_norm"])
+@pytest.mark.parametrize(
+    ("method", "size"), [("taylor", 2), ("taylor", 3), ("taylor", 4), ("l1_norm", 2), ("l1_norm", 4), ("l2_norm", 3)]
+)
 def test_equal_bits_at_any_number_of_ranks(
     ranks: Any, tmp_path: Path, one_rank: dict[str, dict[str, Any]], method: str, size: int
 ) -> None:

@@ -34,28 +34,24 @@ def run_length(config: Config, num_samples: int) -> RunLength:
         )
     if num_samples < size:
         raise UserError(
-            f"data.root or data.source: {num_samples} training samples for world size {size}: fewer samples "
-            f"than "
+            f"data.root or data.source: {num_samples} training samples for world size {size}: fewer samples than "
             "ranks. Start fewer ranks (--nproc-per-node) or use more data."
-        )
-    num_micro = train.global_batch_size // train.micro_batch_size
-    if num_micro < size:
-        raise UserError(
-            f"{batches}: {num_micro} micro-batches cannot occupy world size {size}. Lower "
-            f"train.micro_batch_size to "
-            f"{max(train.global_batch_size // size, 1)} or less, raise train.global_batch_size, or start "
-            f"fewer ranks."
-        )
-    if train.sync_batchnorm and num_micro % size:
-        raise UserError(
-            f"train.sync_batchnorm=true with {batches}: {num_micro} micro-batches leave ranks without one "
-            f"in the "
-            f"last round at world size {size}. Choose sizes whose quotient is a multiple of {size}."
         )
     per_epoch = num_samples / train.global_batch_size
     if train.max_steps is None and train.epochs < 0 or (train.max_steps or 0) < 0:
         raise UserError(f"train.max_steps={train.max_steps}, train.epochs={train.epochs}: give a length >= 0.")
     total = math.ceil(train.epochs * per_epoch) if train.max_steps is None else train.max_steps
+    num_micro = train.global_batch_size // train.micro_batch_size
+    if num_micro < size and total > 0:  # an evaluation has no global batch
+        raise UserError(
+            f"{batches}: {num_micro} micro-batches cannot occupy world size {size}. Lower train.micro_batch_size to "
+            f"{max(train.global_batch_size // size, 1)} or less, raise train.global_batch_size, or start fewer ranks."
+        )
+    if train.sync_batchnorm and num_micro % size:
+        raise UserError(
+            f"train.sync_batchnorm=true with {batches}: {num_micro} micro-batches leave ranks without one in the "
+            f"last round at world size {size}. Choose sizes whose quotient is a multiple of {size}."
+        )
     return RunLength(num_micro, total, per_epoch)
 
 
