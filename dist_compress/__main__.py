@@ -54,7 +54,8 @@ def _run(config: Config) -> int:
     """Join the ranks, enter the folder, run. Collective. Returns the exit code."""
     from dist_compress import comm, run_folder
 
-    signal.signal(signal.SIGTERM, _exit_soon)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # while it trains, they mean: stop after a checkpoint
+        signal.signal(number, _exit_soon)
     try:
         comm.init(config.backend.timeout_s, _device())
         config = run_folder.enter(config)

@@ -1,4 +1,4 @@
-"""The console of rank 0: the progress of a run, its final table, and a table of several runs.
+"""The console of rank 0: the progress of a run and its final table.
 
 On a terminal the progress is a live bar; elsewhere (a log file, SLURM, CI) a plain line every few seconds.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -139,26 +138,3 @@ def _checks(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if "world_size" in summary:
         found.append(("Ranks", f"{summary['world_size']} ({summary.get('backend', '')})".replace(" ()", "")))
     return found
-
-
-def table(rows: Sequence[dict[str, Any]], columns: Sequence[str], title: str = "") -> Table:
-    """Several runs side by side: a line for each row, a column for each key; a missing value is "-"."""
-    result = Table(title=title or None, title_justify="left", title_style="bold")
-    for column in columns:
-        numeric = any(isinstance(row.get(column), int | float) for row in rows)
-        result.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        result.add_row(*(Text(_cell(column, row.get(column))) for column in columns))
-    return result
-
-
-def _cell(column: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    head = column.partition("/")[0]
-    if head == "fingerprint":
-        return figures.fingerprint(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        shows = {"accuracy": figures.percent, "params": figures.count, "macs": figures.count}
-        return shows.get(head, figures.size_bytes if head == "file_bytes" else figures.number)(value)
-    return str(value)

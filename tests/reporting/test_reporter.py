@@ -192,14 +192,3 @@ def test_final_table() -> None:
         ["Latency p90, batch 32", "40.00 ms", "25.00 ms", "1.60x faster"],
     ]
     assert "3.10e-07" in text and "f" * 16 in text and "2 (ddp)" in text and "97.00 %" in text
-
-
-def test_table_of_several_runs() -> None:
-    rows = [
-        {"pruning.sparse_ratio": 0.3, "accuracy/after": 0.97, "macs/after": 2_000_000, "run": "[0]"},
-        {"pruning.sparse_ratio": 0.5, "accuracy/after": None, "fingerprint/masks": 255, "run": "[1]"},
-    ]
-    columns = ["run", "pruning.sparse_ratio", "accuracy/after", "macs/after", "fingerprint/masks"]
-    lines = rendered(console.table(rows, columns)).splitlines()
-    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
-    assert cells == [["[0]", "0.3", "97.00 %", "2.00 M", "-"], ["[1]", "0.5", "-", "-", f"{255:016x}"]]
