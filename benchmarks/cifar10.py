@@ -42,8 +42,9 @@ def main(images: str, resnet20: str, resnet56: str) -> None:
     for when in ("before", "masked", "shrunk", "after"):
         rows.append(f"| cifar_prune, {when} | 2 | {got[f'accuracy/{when}']:.2%} | {got[f'loss/{when}']!r} |")
     print("\n".join(rows))
-    print(f"\nMACs {got['macs/before']:,} -> {got['macs/after']:,}, parameters {got['params/before']:,} -> ")
-    print(f"{got['params/after']:,}, masked vs shrunk {got['verify/max_rel_diff']:.1e}")
+    macs, params = ([f"{got[f'{name}/{when}']:,}" for when in ("before", "after")] for name in ("macs", "params"))
+    print(f"\nMACs {' -> '.join(macs)}, parameters {' -> '.join(params)}, masked vs shrunk "
+          f"{got['verify/max_rel_diff']:.1e}")  # fmt: skip
 
 
 if __name__ == "__main__":
