@@ -23,6 +23,5 @@ def duration(value: float | str, key: str, total_steps: int, steps_per_epoch: fl
         return round(value * total_steps)
     hint = f" For that many steps write '{value}steps'." if isinstance(value, int) and value > 1 else ""
     raise UserError(
-        f"{key}={value!r} is no duration. Give a fraction of the run in [0, 1], or '120steps', or "
-        f"'3epochs'.{hint}"
+        f"{key}={value!r} is no duration. Give a fraction of the run in [0, 1], or '120steps', or '3epochs'.{hint}"
     )

@@ -68,8 +68,8 @@ def read_weights(path: str | Path, key: str = "model.weights") -> dict[str, torc
         ) from error
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise UserError(
-            f"{key}={str(path)!r}: truncated, damaged or of another format ({str(error) or 'it ends too soon'}). "
-            "Copy it again."
+            f"{key}={str(path)!r}: truncated, damaged or of another format ({str(error) or 'it ends too soon'}). Copy "
+            "it again."
         ) from error
     return _tensors(content, path, key)
 

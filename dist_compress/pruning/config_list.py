@@ -93,8 +93,7 @@ def _override(setting: Setting, values: dict[str, Any], number: int) -> None:
         if key in setting.entries:
             raise UserError(
                 f"{setting.module} is put in two groups: {setting.said_by(key)} and "
-                f"{_ROOT}[{number}].{key}={values[key]!r}. Exclude it from one entry, or set {key}: null "
-                "there."
+                f"{_ROOT}[{number}].{key}={values[key]!r}. Exclude it from one entry, or set {key}: null there."
             )
     if "method" in values and "options" not in values:
         values = {**values, "options": {}}
@@ -235,8 +234,7 @@ def _select(entry: dict[str, Any], number: int, modules: dict[str, nn.Module], n
     if unfit and (entry.get("op_types") or not entry.get("op_names_re") or not fit):
         kind = type(modules[unfit[0]]).__name__
         raise UserError(
-            f"{where} selects {unfit[0]} ({kind}), which has no weight of {least} or more dimensions to "
-            "prune. "
+            f"{where} selects {unfit[0]} ({kind}), which has no weight of {least} or more dimensions to prune. "
             f"Prunable types in this model: {', '.join(_prunable_types(modules, least))}."
         )
     if not fit:

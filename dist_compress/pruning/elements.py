@@ -48,8 +48,7 @@ class Elements:
             name = names[f"{setting.module}.weight"]
             if name in self.removed:
                 raise UserError(
-                    f"{setting.said_by('granularity')}: {setting.module} shares its weight {name} with "
-                    "another target. "
+                    f"{setting.said_by('granularity')}: {setting.module} shares its weight {name} with another target. "
                     "Exclude one of them with exclude_op_names."
                 )
             weight = model.get_parameter(name)
@@ -118,8 +117,7 @@ def _target(tensors: Sequence[ElementTensor], fraction: float) -> tuple[int, dic
     if not exact[0] <= ratio * total <= exact[1]:
         raise UserError(
             f"global_group_id={setting.global_group_id!r}: {setting.said_by('sparse_ratio')} asks to remove "
-            f"{float(ratio * total):.6g} of {total}, but min_sparse_ratio and max_sparse_ratio of its "
-            "members allow "
+            f"{float(ratio * total):.6g} of {total}, but min_sparse_ratio and max_sparse_ratio of its members allow "
             f"{float(exact[0]):.6g} to {float(exact[1]):.6g} only. Change one of them."
         )
     bounds = {t.setting.module: count_bounds(t.num, t.setting, fraction) for t in tensors}

@@ -160,9 +160,8 @@ class Pruner(Method):
         for s, values in zip(self.sets, scores, strict=True):
             if values.isnan().any():
                 raise UserError(
-                    f"{s.name}: {int(values.isnan().sum())} pruning scores ({s.setting.said_by('method')}) "
-                    "are NaN. Its "
-                    "weights or gradients have diverged; lower optim.lr or prune later."
+                    f"{s.name}: {int(values.isnan().sum())} pruning scores ({s.setting.said_by('method')}) are NaN. "
+                    "Its weights or gradients have diverged; lower optim.lr or prune later."
                 )
         return list(scores)
 
@@ -264,9 +263,8 @@ class Pruner(Method):
         known = state["units"].numel() == sum(len(r) for r in self.removed)
         if not known or any(e is None or e.shape != self.elements.removed[n].shape for n, e in elements.items()):
             raise UserError(
-                "The checkpoint was written with another pruning.config_list or model. Resume with the "
-                "config that lies "
-                "in the run folder, or start anew with another run_dir."
+                "The checkpoint was written with another pruning.config_list or model. Resume with the config that "
+                "lies in the run folder, or start anew with another run_dir."
             )
         self.removed = list(state["units"].cpu().split([len(r) for r in self.removed]))
         self.elements.removed = {n: e.to(self.elements.removed[n].device) for n, e in elements.items()}

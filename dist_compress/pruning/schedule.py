@@ -71,10 +71,8 @@ def _leave_a_step(plan: dict[int, float], schedule: ScheduleConfig, total_steps:
     given = [schedule.start] if schedule.num_decisions > 1 else [schedule.start, schedule.end]
     if total_steps == 0 or not any(re.search("[1-9]", str(value)) for value in given):
         raise UserError(
-            f"{_KEY}.start={schedule.start}: the first decision would come before the first optimizer step, "
-            "but "
-            f"{method} scores by gradients. Leave it at least one step, e.g. {_KEY}.start=1steps (and end "
-            "no earlier)."
+            f"{_KEY}.start={schedule.start}: the first decision would come before the first optimizer step, but "
+            f"{method} scores by gradients. Leave it at least one step, e.g. {_KEY}.start=1steps (and end no earlier)."
         )
     fraction = plan.pop(0)
     return dict(sorted({1: fraction, **plan}.items()))

@@ -106,8 +106,7 @@ def select(groups: Sequence[Group], digits: Sequence[int] = SCORE_DIGITS) -> lis
         free, removed = sum(m.cost_free for m in modules), sum(m.cost_removed for m in modules)
         if group.target > free or (group.bounds and group.target < removed):
             raise UserError(
-                f"{group.name}: a cost of {group.target} of {sum(m.cost for m in modules)} is to be "
-                "removed, but "
+                f"{group.name}: a cost of {group.target} of {sum(m.cost for m in modules)} is to be removed, but "
                 f"min_sparse_ratio and max_sparse_ratio allow {removed} to {free} only. Change one of them."
             )
         queries.append(_query(max(group.target, removed), group.shards, group_keys))
@@ -136,8 +135,7 @@ def _take_census(groups: Sequence[Group], keys: list[list[torch.Tensor]]) -> lis
         census[g].append(_Census(*row))
         if row[0]:
             raise UserError(
-                f"{groups[g].name}: {row[0]} pruning scores of {module} are NaN. Its weights or gradients "
-                "have "
+                f"{groups[g].name}: {row[0]} pruning scores of {module} are NaN. Its weights or gradients have "
                 "diverged; lower optim.lr or prune later."
             )
     return census

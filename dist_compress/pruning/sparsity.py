@@ -114,8 +114,7 @@ class Budget:
         reach = [total - self.cost(x) for x in widest]
         if total == 0 or not reach[0] <= wanted <= reach[1]:
             raise UserError(
-                f"global_group_id={setting.global_group_id!r}: {setting.said_by('sparse_ratio')} asks to "
-                "remove "
+                f"global_group_id={setting.global_group_id!r}: {setting.said_by('sparse_ratio')} asks to remove "
                 f"{float(wanted):.6g} of {float(total):.6g} {self.unit}, but {float(reach[0]):.6g} to "
                 f"{float(reach[1]):.6g} can go: units keep at least one of each set, max_sparse_ratio and "
                 f"min_sparse_ratio bound the rest, and {len(self.sets)} sets of units are free."

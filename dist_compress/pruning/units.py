@@ -129,10 +129,8 @@ def _own_set(members: list[Setting], coupling: Coupling, model: nn.Module) -> Un
         weight = _weight_member(model, setting)
         if len(weight.index) != len((scored or [weight])[0].index):
             raise UserError(
-                f"dependency_group_id={head.dependency_group_id!r}: {head.module} has "
-                f"{len(scored[0].index)} units and "
-                f"{setting.module} has {len(weight.index)}. Members share one mask, so their sizes must be "
-                "equal."
+                f"dependency_group_id={head.dependency_group_id!r}: {head.module} has {len(scored[0].index)} units and "
+                f"{setting.module} has {len(weight.index)}. Members share one mask, so their sizes must be equal."
             )
         scored.append(weight)
         masked.append(weight)

@@ -130,5 +130,5 @@ def before_after(summary: Mapping[str, Any]) -> list[Figure]:
             show = size_bytes if key == "file_bytes" else count
             figures.append(_cost(key, _COSTS[key], before, after, show, "smaller", "larger"))
         else:
-            others.append(Figure(key, key, number(before), number(after), "", None))
+            others.append(Figure(key, key[:1].upper() + key[1:], number(before), number(after), "", None))
     return figures + _latencies(summary) + others

@@ -98,8 +98,7 @@ def use_sync_batchnorm(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, plain) and type(module) not in plain:
             raise UserError(
-                f"train.sync_batchnorm=true: {name!r} is a {type(module).__name__}, which does more than "
-                f"BatchNorm "
-                "and cannot be converted. Set train.sync_batchnorm=false."
+                f"train.sync_batchnorm=true: {name!r} is a {type(module).__name__}, which does more than BatchNorm and "
+                "cannot be converted. Set train.sync_batchnorm=false."
             )
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -140,8 +140,8 @@ def check_config(folder: Path, saved: dict[str, Any], config: Config) -> None:
     if differ:
         said = "; ".join(f"{k} was {there.get(k)!r}, now {here.get(k)!r}" for k in differ[:5])
         raise UserError(
-            f"{folder} belongs to another configuration: {said}. Set it back to resume, or choose another run_dir "
-            "to start afresh."
+            f"{folder} belongs to another configuration: {said}. Set it back to resume, or choose another run_dir to "
+            "start afresh."
         )
 
 
@@ -152,8 +152,7 @@ def check_model(folder: Path, saved: dict[str, torch.Tensor], model: nn.Module) 
     if there != here:
         first = next((pair for pair in zip(there, here, strict=False) if pair[0] != pair[1]), (there[-1], here[-1]))
         raise UserError(
-            f"The checkpoint {folder} holds another model: {len(there)} tensors, here {len(here)}; first "
-            f"difference "
+            f"The checkpoint {folder} holds another model: {len(there)} tensors, here {len(here)}; first difference "
             f"{first[0]} there, {first[1]} here. Choose another run_dir, or set `model` back."
         )
 

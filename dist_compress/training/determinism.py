@@ -21,8 +21,7 @@ def set_up(config: TrainConfig) -> None:
     """
     if config.exact and config.sync_batchnorm:
         raise UserError(
-            "train.exact=true with train.sync_batchnorm=true: SyncBatchNorm normalises over a round of all "
-            "ranks, so "
+            "train.exact=true with train.sync_batchnorm=true: SyncBatchNorm normalises over a round of all ranks, so "
             "its result depends on their number. Set one of the two to false."
         )
     if config.precision not in ("fp32", "bf16"):

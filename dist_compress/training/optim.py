@@ -37,9 +37,8 @@ def build(config: OptimConfig, names: Names) -> torch.optim.Optimizer:
     }
     if config.name in REFUSED:
         raise UserError(
-            f"optim.name={config.name!r} cannot be used: {REFUSED[config.name]}, so its state is not "
-            f"elementwise "
-            "and cannot follow masks and slices. Choose for example SGD or AdamW."
+            f"optim.name={config.name!r} cannot be used: {REFUSED[config.name]}, so its state is not elementwise and "
+            "cannot follow masks and slices. Choose for example SGD or AdamW."
         )
     if config.name not in optimizers:
         choices = ", ".join(sorted(optimizers.keys() - REFUSED.keys()))

@@ -29,8 +29,8 @@ def run_length(config: Config, num_samples: int) -> RunLength:
     batches = f"train.global_batch_size={train.global_batch_size}, train.micro_batch_size={train.micro_batch_size}"
     if train.micro_batch_size < 1 or train.global_batch_size % max(train.micro_batch_size, 1):
         raise UserError(
-            f"{batches}: the global batch must be a whole number of micro-batches of at least one sample. "
-            "Change one of the two."
+            f"{batches}: the global batch must be a whole number of micro-batches of at least one sample. Change one "
+            "of the two."
         )
     if num_samples < size:
         raise UserError(

@@ -72,8 +72,7 @@ def build(config: TaskConfig) -> Any:
         task = instantiate(config.target, "task")
         if missing := [n for n in ("loss", "count", "metrics") if not hasattr(task, n)]:
             raise UserError(
-                f"task._target_={config.target['_target_']!r}: the object has no {', '.join(missing)}. A "
-                f"task has "
+                f"task._target_={config.target['_target_']!r}: the object has no {', '.join(missing)}. A task has "
                 "loss(output, batch), count(batch) and metrics(output, batch); see training/task.py."
             )
         return task

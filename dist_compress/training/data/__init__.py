@@ -48,10 +48,8 @@ def build(config: DataConfig, seed: int) -> Data:
         for name in ("train", "eval"):
             if not all(hasattr(getattr(own, name, None), a) for a in ("num_samples", "num_classes", "batch")):
                 raise UserError(
-                    f"data._target_={config.target['_target_']!r}: the object needs `train` and `eval`, "
-                    f"each with "
-                    f"num_samples, num_classes and batch(ids, epoch); `{name}` lacks one. See "
-                    f"training/data/split.py."
+                    f"data._target_={config.target['_target_']!r}: the object needs `train` and `eval`, each with "
+                    f"num_samples, num_classes and batch(ids, epoch); `{name}` lacks one. See training/data/split.py."
                 )
         data = own if hasattr(own, "example") else Data(own.train, own.eval)
     else:
@@ -62,10 +60,8 @@ def build(config: DataConfig, seed: int) -> Data:
         data = Data(train, held_out)
     if min(data.train.num_samples, data.eval.num_samples) < comm.world_size():
         raise UserError(
-            f"data.source={config.source!r}, data.root={config.root!r}: {data.train.num_samples} training "
-            f"and "
-            f"{data.eval.num_samples} evaluation samples for world size {comm.world_size()}: fewer samples "
-            f"than ranks. "
+            f"data.source={config.source!r}, data.root={config.root!r}: {data.train.num_samples} training and "
+            f"{data.eval.num_samples} evaluation samples for world size {comm.world_size()}: fewer samples than ranks. "
             "Start fewer ranks (--nproc-per-node) or use more data."
         )
     return data

@@ -21,16 +21,14 @@ def load(config: DataConfig) -> tuple[Files, Files]:
     if not (root / "train").is_dir() or held_out is None:
         inside = ", ".join(sorted(os.listdir(root))[:8]) or "nothing"
         raise UserError(
-            f"data.root={config.root!r}: needs the folders train and test (or val), each with one folder "
-            f"per class; "
+            f"data.root={config.root!r}: needs the folders train and test (or val), each with one folder per class; "
             f"found {inside}."
         )
     classes = _classes(root / "train")
     if (other := _classes(held_out)) != classes:
         differ = sorted(set(classes) ^ set(other))
         raise UserError(
-            f"data.root={config.root!r}: train has {len(classes)} classes and {held_out.name} {len(other)}; "
-            f"they must "
+            f"data.root={config.root!r}: train has {len(classes)} classes and {held_out.name} {len(other)}; they must "
             f"be the same. Only in one of them: {', '.join(differ[:8])}."
         )
     return _files(root / "train", classes), _files(held_out, classes)
@@ -47,8 +45,7 @@ def _files(folder: Path, classes: list[str]) -> Files:
         samples += [(os.path.join(folder, name, file), label) for file in names]
     if not samples:
         raise UserError(
-            f"data.root: no images in {folder} ({len(classes)} class folders). Expected <class>/<file> with "
-            f"one of "
+            f"data.root: no images in {folder} ({len(classes)} class folders). Expected <class>/<file> with one of "
             f"{', '.join(EXTENSIONS)}."
         )
     return Files(samples, len(classes))

@@ -17,8 +17,7 @@ def load(config: DataConfig) -> tuple[Files, Files]:
             found = ImageNet(config.root or "", split=split)
         except (RuntimeError, OSError) as error:
             raise UserError(
-                f"data.root={config.root!r}: no ImageNet {split} split there ({error}). Unpack the archives "
-                f"of the "
+                f"data.root={config.root!r}: no ImageNet {split} split there ({error}). Unpack the archives of the "
                 "ILSVRC2012 task with torchvision.datasets.ImageNet first; nothing is downloaded."
             ) from None
         parts.append(Files(found.samples, len(found.classes)))
