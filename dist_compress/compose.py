@@ -81,7 +81,23 @@ def compose(args: argparse.Namespace) -> config.Config:
                 raise config.unknown_key(key) from None
             override = f"{error.override}: " if isinstance(error, OverrideParseException) else ""
             raise UserError(f"{override}{error}") from None
-    return config.load(composed)
+    checked = config.load(composed)
+    for override in args.overrides:
+        _refuse_without_effect(override, checked)
+    return checked
+
+
+def _refuse_without_effect(override: str, checked: config.Config) -> None:
+    """A key of a section whose `_target_` decides instead. Raises UserError."""
+    key, _, value = override.lstrip("+~").partition("=")
+    section, _, name = key.partition(".")
+    target = getattr(getattr(checked, section, None), "target", None)
+    own = name.partition(".")[0] in getattr(getattr(checked, section, None), "__dataclass_fields__", ())
+    if target and own and key not in ("model.weights", "model.num_classes") and name.partition(".")[0] != "target":
+        raise UserError(
+            f"{key}={value}: has no effect beside {section}._target_={target['_target_']}, which is called with the "
+            f"keys that `{section}` itself does not have. Remove it, or rename the argument of your callable."
+        )
 
 
 def _register_schema() -> None:

@@ -128,3 +128,13 @@ def test_merge_takes_a_methods_options():
         config.merge(Options, {"weihgts": []}, "pruning.options")
     with pytest.raises(UserError, match="pruning.options: missing 1 required positional argument: 'needed'"):
         config.merge(Options, {}, "pruning.options")
+
+
+@pytest.mark.parametrize("override", ["data.mean=[0.1]", "data.root=/x"])
+def test_a_key_that_a_callable_never_sees_is_refused(override):
+    from dist_compress import compose
+
+    with pytest.raises(UserError, match=r"has no effect beside data\._target_=pkg\.mine"):
+        compose.compose(compose.parse(["+data._target_=pkg.mine", override]))
+    compose.compose(compose.parse(["+data._target_=pkg.mine", "+data.mine=3"]))
+    compose.compose(compose.parse(["+model._target_=pkg.net", "model.weights=x.safetensors"]))

@@ -44,6 +44,11 @@ class Metric:
     def __init__(self, options: Any) -> None:
         self.options = options
 
+    def missing(self, elements: bool) -> list[str]:
+        """Which methods the subclass lacks to score single weights (`elements`) or units."""
+        needed = ["element_scores"] if elements else ["unit_scores"] + ["gate_statistic"] * self.data_driven
+        return [name for name in needed if getattr(type(self), name) is getattr(Metric, name)]
+
     def gate_statistic(self, gate: torch.Tensor) -> torch.Tensor:
         """What one micro-batch adds to the statistic: float64 [num_units] from dL/dgate, float64
         [num_units]."""

@@ -299,5 +299,10 @@ def _scorers(settings: list[Setting]) -> dict[str, Metric]:
             entry = setting.entries.get("method")
             where = "pruning" if entry is None else f"pruning.config_list[{entry}]"
             built[name] = build_metric(setting.method, setting.options, where)
+        if missing := built[name].missing(setting.granularity == "element"):
+            raise UserError(
+                f"{setting.module}: {setting.said_by('granularity')} needs `{missing[0]}` of method "
+                f"{setting.method!r}, which does not define it. Define it, or choose another granularity or method."
+            )
         scorers[setting.module] = built[name]
     return scorers

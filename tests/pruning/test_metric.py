@@ -71,6 +71,13 @@ def test_refused_methods(own, name, options, said):
     assert said in str(error.value)
 
 
+def test_a_method_without_the_scores_asked_for_is_refused_at_the_start(own, tmp_path):
+    lines = OWN[: OWN.index("    def element_scores")]
+    (tmp_path / "my_pkg" / "units.py").write_text(lines)
+    with pytest.raises(UserError, match="free: .*'element' needs `element_scores` of method 'my_pkg.units'"):
+        attach(config([{"op_names": ["free"], "granularity": "element"}], method="my_pkg.units", options={"first": 2}))
+
+
 def test_nan_scores_are_refused_by_name():
     pruner, model, _ = attach(config([{"op_names": ["free"]}]))
     with torch.no_grad():

@@ -185,3 +185,23 @@ def test_many_units_are_quick():
     removed = budget.spend(ranked, 1.0)
     total = budget.cost([r & False for r in removed])
     assert 0 <= (total - budget.cost(removed)) / total - Fraction(1, 2) < Fraction(1, 4000)
+
+
+def test_prices_by_hand():
+    """Of 2 units that cost 6 / 2 in their own layer and 8 / 2 in the next, and 4 that cost 8 / 4 there."""
+    first, second = chain([2, 4], 0.5, [(0.0, 1.0)] * 2).prices()
+    mean = (2 * 7 + 4 * 2) / 6
+    assert first.tolist() == pytest.approx([7 / mean] * 2) and second.tolist() == pytest.approx([2 / mean] * 4)
+
+
+@pytest.mark.parametrize("dear", [0, 1])
+def test_what_is_dear_goes_first(monkeypatch, dear):
+    def prices(self: Budget) -> list[torch.Tensor]:
+        return [torch.full((s.num_units,), 1e9 if i == dear else 1.0) for i, s in enumerate(self.sets)]
+
+    monkeypatch.setattr(Budget, "prices", prices)
+    entry = {"op_names": ["a", "free"], "global_group_id": "g", "sparse_ratio": 0.2}
+    pruner, _, _ = attach(config([entry]))
+    pruner.after_step(-1)
+    gone = [int(removed.sum()) for removed in pruner.removed]
+    assert len(gone) == 2 and gone[dear] > 0 and gone[1 - dear] == 0
