@@ -18,7 +18,7 @@ import yaml
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from dist_compress import backends, comm, export, models, pruning
+from dist_compress import backends, comm, export, models, pruning, speedup
 from dist_compress.config import Config, to_yaml
 from dist_compress.duration import duration
 from dist_compress.errors import UserError
@@ -27,7 +27,7 @@ from dist_compress.method import Context
 from dist_compress.outcome import Outcome
 from dist_compress.projection import Projection
 from dist_compress.reporting.reporter import Reporter
-from dist_compress.speedup import Plan, apply, apply_to_state, couple, make_plan, verify
+from dist_compress.speedup import Plan, apply, apply_to_state, verify
 from dist_compress.speedup.cost import resize_batch
 from dist_compress.target import Coupling
 from dist_compress.training import checkpoint, data, determinism, task
@@ -112,7 +112,7 @@ class Job:
         """Trace the model on rank 0, hand the coupled units to every rank, attach the methods."""
         if not self.methods:
             return
-        coupling: Coupling = comm.on_rank0(lambda: couple(self.model, *self.example))
+        coupling: Coupling = comm.on_rank0(lambda: speedup.coupling(self.model, *self.example))
         length = self.length
         context = Context(
             self.config, self.model, self.projection, coupling,
@@ -192,7 +192,7 @@ class Job:
     def shrink(self) -> None:
         """Rank 0 plans, every rank slices its own copy; masked and shrunk must agree on inputs nobody has seen."""
         masked = copy.deepcopy(self.model)  # projected: with the zeros in it
-        plan: Plan = comm.on_rank0(lambda: make_plan(masked, *self.example))
+        plan: Plan = comm.on_rank0(lambda: speedup.plan(masked, *self.example))
         comm.check_equal("fingerprint of the plan", plan.fingerprint(), self.trainer.step)
         self.detach(plan)
         difference = comm.on_rank0(lambda: self.difference(masked))

@@ -194,10 +194,10 @@ def test_recipes_and_options_of_groups_exist(page: Path):
 
 @pytest.fixture(scope="module")
 def coupling() -> Coupling:
+    from dist_compress import speedup
     from dist_compress.models.resnet_cifar import resnet20
-    from dist_compress.speedup import couple
 
-    return couple(resnet20(), (torch.randn(2, 3, 32, 32),))
+    return speedup.coupling(resnet20(), (torch.randn(2, 3, 32, 32),))
 
 
 @pytest.mark.parametrize("number", range(len(blocks(text("docs/pruning.md"), "yaml"))))

@@ -165,12 +165,12 @@ def test_results_without_checkpoints_are_not_overwritten_by_another_run(ranks: A
 
 
 def wrong_plan(run_dir: str) -> str:
-    from dist_compress import run
+    from dist_compress import speedup
 
-    make_plan = run.make_plan
+    real = speedup.plan
 
     def off_by_one(*args: Any) -> Any:
-        plan = make_plan(*args)
+        plan = real(*args)
         for name, dims in plan.keep.items():
             width = args[0].get_parameter(name).shape[1] if 1 in dims else 0
             if 0 < len(dims.get(1, ())) < width:  # the inputs of a convolution
@@ -178,11 +178,11 @@ def wrong_plan(run_dir: str) -> str:
                 return plan
         raise AssertionError("nothing was pruned")
 
-    run.make_plan = off_by_one
+    speedup.plan = off_by_one
     try:
         return refusal(run_dir)
     finally:
-        run.make_plan = make_plan
+        speedup.plan = real
 
 
 def test_a_wrong_plan_is_not_shipped(ranks: Any, tmp_path: Path) -> None:

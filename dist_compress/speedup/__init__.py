@@ -1,9 +1,9 @@
 """Exact physical shrinking: what is dead, what has to stay, and the smaller model in the user's own modules."""
 
 from dist_compress.speedup.apply import apply, apply_to_state
-from dist_compress.speedup.coupling import couple, mask_units
+from dist_compress.speedup.coupling import coupling, mask_units
 from dist_compress.speedup.plan import Blocked, Plan
-from dist_compress.speedup.planning import make_plan
+from dist_compress.speedup.planning import plan
 from dist_compress.speedup.verify import verify
 
-__all__ = ["Blocked", "Plan", "apply", "apply_to_state", "couple", "make_plan", "mask_units", "verify"]
+__all__ = ["Blocked", "Plan", "apply", "apply_to_state", "coupling", "plan", "mask_units", "verify"]

@@ -16,16 +16,16 @@ from torch import nn
 
 from dist_compress.speedup.keep import build
 from dist_compress.speedup.origin import behind, makers
-from dist_compress.speedup.planning import make_plan
+from dist_compress.speedup.planning import plan
 from dist_compress.speedup.structure import Box, Structure
 from dist_compress.target import Coupling, LayerCost, Member, UnitGroup
 from dist_compress.tracing import Ref, trace
 
 
-def couple(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Coupling:
+def coupling(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Coupling:
     """Unit groups and layer costs of `model`. Rank 0 only; broadcast the result.
 
-    Zeroing the producer and affine slices of any units of a group that is not blocked makes `make_plan` remove exactly
+    Zeroing the producer and affine slices of any units of a group that is not blocked makes `plan` remove exactly
     these units. `args`, `kwargs`: an example input whose first tensor has the batch in dim 0.
     """
     s = build(trace(model, args, kwargs, values=True), model, args, kwargs)
@@ -211,13 +211,13 @@ def _check(
             mask_units(masked, group, removed[i])
     if not removed:
         return groups
-    plan = make_plan(masked, args, kwargs)
+    made = plan(masked, args, kwargs)
     checked = list(groups)
     for i, units in removed.items():
         group, where = groups[i]
-        failed = next((m for m in group.members if not _gone(m, units, plan.keep)), None)
+        failed = next((m for m in group.members if not _gone(m, units, made.keep)), None)
         if failed is not None:
-            why = [b.reason for b in plan.blocked if b.fqn == failed.fqn and b.dim == failed.dim]
+            why = [b.reason for b in made.blocked if b.fqn == failed.fqn and b.dim == failed.dim]
             text = why[0] if why else f"{failed.fqn} keeps them along dim {failed.dim}"
             checked[i] = (UnitGroup(group.name, group.num_units, group.members, text), where)
     return checked

@@ -25,7 +25,7 @@ from dist_compress.speedup.verify import verify
 from dist_compress.tracing import Ref, Trace, TraceError, trace
 
 
-def make_plan(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Plan:
+def plan(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Plan:
     """The plan that removes what the zeros of `model` allow, exactly. Rank 0 only; broadcast the result.
 
     `model` is unwrapped and holds masked weights (exact zeros); it is left as it was. `args`, `kwargs`: an example
@@ -40,12 +40,12 @@ def make_plan(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, An
         pins = pin_modules(structure, banned)
         keep = Keep(structure, facts, pins)
         bias = close_constants(structure, facts, keep, model)
-        plan = _extract(structure, facts, keep, model, bias)
-        if not plan.keep:
-            return plan
-        failed = _rehearse(model, plan, recorded, structure, keep, args, kwargs)
+        made = _extract(structure, facts, keep, model, bias)
+        if not made.keep:
+            return made
+        failed = _rehearse(model, made, recorded, structure, keep, args, kwargs)
         if failed is None:
-            return plan
+            return made
         banned |= _culprit(failed, banned, structure, keep, model)
 
 

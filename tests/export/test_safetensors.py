@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import dist_compress
-from dist_compress import export, models
+from dist_compress import export, models, speedup
 from dist_compress.config import Config, ModelConfig
 from dist_compress.errors import UserError
 from dist_compress.export import safetensors
-from dist_compress.speedup import Plan, apply, make_plan
+from dist_compress.speedup import Plan, apply
 
 EXAMPLE = ((torch.randn(2, 3, 32, 32),), {})
 
@@ -37,7 +37,7 @@ def shrunk():
         with torch.no_grad():
             for tensor in (block.conv1.weight, block.bn1.weight, block.bn1.bias):
                 tensor[::2] = 0
-    plan = make_plan(model, *EXAMPLE)
+    plan = speedup.plan(model, *EXAMPLE)
     return model, apply(copy.deepcopy(model), plan), plan
 
 

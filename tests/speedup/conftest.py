@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dist_compress.speedup import apply, make_plan, verify
+from dist_compress import speedup
+from dist_compress.speedup import apply, verify
 
 
 def _randomise(model):
@@ -42,7 +43,7 @@ def shrink():
         torch.manual_seed(0)
         _randomise(model)
         _zero(model, slices)
-        plan = make_plan(model, (x,))
+        plan = speedup.plan(model, (x,))
         small = apply(copy.deepcopy(model), plan)
         for batch in (x.shape[0], x.shape[0] + 2):
             new = make_input(batch) if make_input else torch.randn(batch, *x.shape[1:])

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from dist_compress import speedup
 from dist_compress.errors import UserError
-from dist_compress.speedup import Plan, apply, apply_to_state, make_plan, verify
+from dist_compress.speedup import Plan, apply, apply_to_state, verify
 
 
 def network():
@@ -41,7 +42,7 @@ def test_modules_flags_and_dtype_survive():
     hooked = []
     model[0].register_forward_hook(lambda *_: hooked.append(1))
     children = list(model)
-    plan = make_plan(model, (X.bfloat16(),))
+    plan = speedup.plan(model, (X.bfloat16(),))
     assert apply(model, plan) is model and [a is b for a, b in zip(model, children, strict=True)] == [True] * 4
     weight = model[0].weight
     assert weight.dtype == torch.bfloat16 and not weight.requires_grad and weight.mark == "mine"
@@ -55,7 +56,7 @@ def test_modules_flags_and_dtype_survive():
 
 def test_fresh_model_loads_the_small_state():
     model = masked(norm=False)
-    plan = make_plan(model, (X,))
+    plan = speedup.plan(model, (X,))
     small = apply(copy.deepcopy(model), plan)
     assert "3.bias" in plan.bias
     again = apply(network(), plan)
@@ -74,7 +75,7 @@ def train(model, optimizer, steps):
 
 def test_plan_on_state_dict_and_adam_state_equals_plan_on_model():
     model = masked()
-    plan = make_plan(model, (X,))
+    plan = speedup.plan(model, (X,))
     whole = network()
     optimizer = torch.optim.Adam(whole.parameters())
     train(whole, optimizer, 2)
@@ -93,7 +94,7 @@ def test_plan_on_state_dict_and_adam_state_equals_plan_on_model():
 
 
 def test_files_round_trip(tmp_path):
-    plan = make_plan(masked(norm=False), (X,))
+    plan = speedup.plan(masked(norm=False), (X,))
     plan.save(tmp_path)
     loaded = Plan.load(tmp_path)
     assert loaded.fingerprint() == plan.fingerprint() and loaded.attrs == plan.attrs
@@ -105,7 +106,7 @@ def test_files_round_trip(tmp_path):
 
 
 def test_damaged_files_are_refused(tmp_path):
-    plan = make_plan(masked(), (X,))
+    plan = speedup.plan(masked(), (X,))
     with pytest.raises(UserError, match="cannot read plan.json"):
         Plan.load(tmp_path)
     plan.save(tmp_path)
@@ -116,7 +117,7 @@ def test_damaged_files_are_refused(tmp_path):
 
 
 def test_a_plan_of_another_model_changes_nothing():
-    plan = make_plan(masked(), (X,))
+    plan = speedup.plan(masked(), (X,))
     other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
     with pytest.raises(UserError, match=r"'0\.weight' has shape \(4, 3, 3, 3\)"):
         apply(other, plan)
@@ -141,21 +142,21 @@ def test_a_module_registered_twice_is_sliced_once():
         model.a.bias[2] = 0
     x = torch.randn(3, 4)
     reference = model(x)
-    plan = make_plan(model, (x,))
+    plan = speedup.plan(model, (x,))
     apply(model, plan)
     assert model.also_a is model.a and model.a.weight.shape == (5, 4)
     assert verify(reference, model(x)) < 1e-6
 
 
 def test_nothing_masked_is_an_empty_plan():
-    plan = make_plan(network(), (X,))
+    plan = speedup.plan(network(), (X,))
     assert not plan.keep and not plan.attrs and not plan.bias and not plan.blocked
 
 
 def test_making_a_plan_leaves_the_model_alone():
     model = masked()
     state = copy.deepcopy(model.state_dict())
-    make_plan(model, (X,))
+    speedup.plan(model, (X,))
     assert model.training and all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 

@@ -2,7 +2,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dist_compress.speedup import couple
+from dist_compress import speedup
 
 
 def by_name(coupling):
@@ -15,7 +15,7 @@ def members(group):
 
 def test_roles_of_a_chain():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4, 2))
-    coupling = couple(model, (torch.randn(1, 3, 4, 4),))
+    coupling = speedup.coupling(model, (torch.randn(1, 3, 4, 4),))
     group = by_name(coupling)["0"]
     each = [[0], [1], [2], [3]]
     assert members(group) == {
@@ -41,7 +41,7 @@ def test_residual_ties_producers_and_depthwise_passes_through():
             x = self.stem(x)
             return self.last(x + self.project(F.relu(self.depthwise(self.expand(x)))))
 
-    groups = by_name(couple(Block(), (torch.randn(1, 3, 6, 6),)))
+    groups = by_name(speedup.coupling(Block(), (torch.randn(1, 3, 6, 6),)))
     assert groups["stem"].producers() == ["stem", "project"]
     assert groups["expand"].producers() == ["expand", "depthwise"]
     assert ("depthwise.weight", 0, "producer") in members(groups["expand"])
@@ -50,7 +50,7 @@ def test_residual_ties_producers_and_depthwise_passes_through():
 
 def test_grouped_conv_ties_the_same_position_of_each_group():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, groups=2), nn.Conv2d(6, 2, 1))
-    groups = by_name(couple(model, (torch.randn(1, 3, 6, 6),)))
+    groups = by_name(speedup.coupling(model, (torch.randn(1, 3, 6, 6),)))
     assert members(groups["0"])[("0.weight", 0, "producer")] == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert members(groups["0"])[("1.weight", 1, "consumer")] == [[0], [1], [2], [3]]
     assert members(groups["1"])[("1.weight", 0, "producer")] == [[0, 3], [1, 4], [2, 5]]
@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
 
 def test_a_head_is_one_unit():
-    group = by_name(couple(Attention(), (torch.randn(2, 5, 12),)))["qkv"]
+    group = by_name(speedup.coupling(Attention(), (torch.randn(2, 5, 12),)))["qkv"]
     assert group.num_units == 3 and not group.blocked
     head = [part * 12 + 4 + i for part in range(3) for i in range(4)]
     assert members(group)[("qkv.weight", 0, "producer")][1] == head
@@ -78,7 +78,7 @@ def test_a_head_is_one_unit():
 
 def test_what_cannot_go_is_blocked_with_the_reason():
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
-    groups = by_name(couple(model, (torch.randn(1, 4),)))
+    groups = by_name(speedup.coupling(model, (torch.randn(1, 4),)))
     assert groups["0"].blocked == "native_layer_norm in 1 normalises over it"
     assert not groups["2"].blocked
 
@@ -92,25 +92,25 @@ def test_a_literal_size_in_user_code_blocks_its_group():
         def forward(self, x):
             return self.b(self.a(x).view(x.shape[0], 8, -1).mean(-1))
 
-    groups = by_name(couple(Literal(), (torch.randn(1, 3, 4, 4),)))
+    groups = by_name(speedup.coupling(Literal(), (torch.randn(1, 3, 4, 4),)))
     assert "holds this size" in groups["a"].blocked
 
 
 def test_a_leak_that_nothing_folds_blocks_its_group():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid(), nn.Conv2d(4, 2, 3, padding=1))
-    groups = by_name(couple(model, (torch.randn(1, 3, 4, 4),)))
+    groups = by_name(speedup.coupling(model, (torch.randn(1, 3, 4, 4),)))
     assert "cannot fold" in groups["0"].blocked
 
 
 def test_weights_that_start_at_zero_do_not_matter():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     nn.init.zeros_(model[2].weight)
-    assert not by_name(couple(model, (torch.randn(1, 4),)))["0"].blocked
+    assert not by_name(speedup.coupling(model, (torch.randn(1, 4),)))["0"].blocked
 
 
 def test_costs_are_per_sample():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 4, 2))
-    coupling = couple(model, (torch.randn(5, 3, 4, 4),))
+    coupling = speedup.coupling(model, (torch.randn(5, 3, 4, 4),))
     assert [(layer.fqn, layer.macs) for layer in coupling.layers] == [("0", 3 * 4 * 9 * 4), ("2", 32)]
     fixed, parts = coupling.layers[1].factors[-1]
     assert fixed == 0 and parts[0][1].tolist() == [4.0] * 4

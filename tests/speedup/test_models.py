@@ -8,8 +8,9 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dist_compress import speedup
 from dist_compress.models.resnet_cifar import ResNetCifar
-from dist_compress.speedup import apply, couple, make_plan, mask_units, verify
+from dist_compress.speedup import apply, mask_units, verify
 
 ZOO = torchvision.models
 
@@ -92,13 +93,13 @@ def test_masked_units_vanish_exactly(name, randomise):
         nn.init.normal_(model.heads.head.weight)
     x = torch.randn(1, 3, 64, 64)
     state = copy.deepcopy(model.state_dict())
-    coupling = couple(model, (x,))
+    coupling = speedup.coupling(model, (x,))
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert sum(not g.blocked for g in coupling.groups) >= num_free
     assert sum(layer.macs for layer in coupling.layers) == macs(model, x)
 
     kept = mask_some(model, coupling)
-    plan = make_plan(model, (x,))
+    plan = speedup.plan(model, (x,))
     for i, group in enumerate(coupling.groups):
         for member in group.members:
             indices = plan.keep.get(member.fqn, {}).get(member.dim)
@@ -118,9 +119,9 @@ def test_heads_of_training_mode_still_fit(randomise):
     model = randomise(ZOO.googlenet(init_weights=False, aux_logits=True))
     x = torch.randn(1, 3, 64, 64)
     state = copy.deepcopy(model.state_dict())
-    coupling = couple(model, (x,))
+    coupling = speedup.coupling(model, (x,))
     mask_some(model, coupling)
-    small = apply(copy.deepcopy(model), make_plan(model, (x,)))
+    small = apply(copy.deepcopy(model), speedup.plan(model, (x,)))
     reasons = {g.blocked for g in coupling.groups}
     assert {"is read by aux1 in training mode", "is read by aux2 in training mode"} <= reasons
     outputs = small.train()(torch.randn(4, 3, 64, 64))
@@ -138,7 +139,7 @@ def test_leaks_of_norms_are_exact(name, randomise):
             if isinstance(module, nn.Conv2d):
                 module.weight[torch.randperm(module.out_channels)[: module.out_channels // 2]] = 0
     x = torch.randn(1, 3, 64, 64)
-    plan = make_plan(model, (x,))
+    plan = speedup.plan(model, (x,))
     small = apply(copy.deepcopy(model), plan)
     with torch.no_grad():
         new = torch.randn(2, 3, 64, 64)
@@ -151,9 +152,9 @@ def test_a_plan_one_index_off_is_caught(randomise):
     torch.manual_seed(0)
     model = randomise(ResNetCifar(1))
     x = torch.randn(1, 3, 32, 32)
-    coupling = couple(model, (x,))
+    coupling = speedup.coupling(model, (x,))
     mask_some(model, coupling)
-    plan = make_plan(model, (x,))
+    plan = speedup.plan(model, (x,))
     index = plan.keep["layer2.0.conv1.weight"][0]
     missing = next(i for i in range(32) if i not in index.tolist())
     wrong = torch.cat([index[:-1], torch.tensor([missing])])
