@@ -1,9 +1,23 @@
 """Exact physical shrinking: what is dead, what has to stay, and the smaller model in the user's own modules."""
 
 from dist_compress.speedup.apply import apply, apply_to_state
+from dist_compress.speedup.capture import Capture, capture
 from dist_compress.speedup.coupling import coupling, mask_units
 from dist_compress.speedup.plan import Blocked, Plan
 from dist_compress.speedup.planning import plan
+from dist_compress.speedup.settings import Settings
 from dist_compress.speedup.verify import verify
 
-__all__ = ["Blocked", "Plan", "apply", "apply_to_state", "coupling", "plan", "mask_units", "verify"]
+__all__ = [
+    "Blocked",
+    "Capture",
+    "Plan",
+    "Settings",
+    "apply",
+    "apply_to_state",
+    "capture",
+    "coupling",
+    "mask_units",
+    "plan",
+    "verify",
+]

@@ -9,29 +9,39 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from dist_compress.speedup.keep import build
+from dist_compress.speedup.capture import Capture, captured
 from dist_compress.speedup.origin import behind, makers
 from dist_compress.speedup.planning import plan
 from dist_compress.speedup.structure import Box, Structure
 from dist_compress.target import Coupling, LayerCost, Member, UnitGroup
-from dist_compress.tracing import Ref, trace
+from dist_compress.tracing import Ref
 
 
-def coupling(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Coupling:
+def coupling(
+    model: nn.Module | Capture,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    norm: str = "keep",
+    keep: Iterable[str] = (),
+    barrier: Iterable[str] = (),
+) -> Coupling:
     """Unit groups and layer costs of `model`. Rank 0 only; broadcast the result.
 
     Zeroing the producer and affine slices of any units of a group that is not blocked makes `plan` remove exactly
-    these units. `args`, `kwargs`: an example input whose first tensor has the batch in dim 0.
+    these units. `args`, `kwargs`: an example input whose first tensor has the batch in dim 0. A `Capture` holds model,
+    input and settings, and serves `plan` after it. `norm`, `keep`, `barrier` as in `capture`.
     """
-    s = build(trace(model, args, kwargs, values=True), model, args, kwargs)
+    given = captured(model, args, kwargs, {"norm": norm, "keep": tuple(keep), "barrier": tuple(barrier)})
+    s = given.structure
     units = _Units(s)
-    groups = units.groups(_roles(s))
-    groups = _check(model, args, kwargs, groups)
+    groups = _check(given, units.groups(_roles(s)))
     return Coupling(tuple(group for group, _ in groups), tuple(_costs(s, groups)))
 
 
@@ -197,10 +207,10 @@ def _roles(s: Structure) -> list[tuple[str, int, int, str]]:
 
 
 def _check(
-    model: nn.Module, args: Any, kwargs: Any, groups: list[tuple[UnitGroup, dict[int, torch.Tensor]]]
+    given: Capture, groups: list[tuple[UnitGroup, dict[int, torch.Tensor]]]
 ) -> list[tuple[UnitGroup, dict[int, torch.Tensor]]]:
     """Mask 30 % of the units of each group on a copy and plan; groups of which one does not vanish become blocked."""
-    masked = copy.deepcopy(model)
+    masked = copy.deepcopy(given.model)
     generator = torch.Generator().manual_seed(0)
     _revive(masked, generator)
     removed: dict[int, torch.Tensor] = {}
@@ -211,7 +221,14 @@ def _check(
             mask_units(masked, group, removed[i])
     if not removed:
         return groups
-    made = plan(masked, args, kwargs)
+    made = plan(
+        masked,
+        given.args,
+        given.kwargs,
+        norm=given.settings.norm,
+        keep=given.settings.keep,
+        barrier=given.settings.barrier,
+    )
     checked = list(groups)
     for i, units in removed.items():
         group, where = groups[i]

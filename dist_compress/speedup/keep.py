@@ -13,6 +13,7 @@ import torch
 from dist_compress.speedup import sets
 from dist_compress.speedup.facts import Facts
 from dist_compress.speedup.rules import rule_of
+from dist_compress.speedup.settings import Settings
 from dist_compress.speedup.structure import Box, Link, Structure
 from dist_compress.speedup.training_only import pin_training_inputs
 from dist_compress.tracing import Ref, Trace
@@ -20,9 +21,12 @@ from dist_compress.tracing import Ref, Trace
 MultiheadAttention = torch.nn.MultiheadAttention
 
 
-def build(trace: Trace, model: torch.nn.Module, args: Any, kwargs: Any) -> Structure:
-    """The constraint system of a tape (with values) of `model(*args, **kwargs)`, with what cannot shrink pinned."""
-    s = Structure(trace)
+def build(trace: Trace, model: torch.nn.Module, args: Any, kwargs: Any, settings: Settings) -> Structure:
+    """The constraint system of a tape (with values) of `model(*args, **kwargs)`, with what cannot shrink pinned.
+
+    The rules of norms read `settings.norm`. Raises UserError when a name in `settings` matches nothing.
+    """
+    s = Structure(trace, settings)
     for op in trace.tape:
         rule_of(op).link(op, s)
     for ref in trace.inputs:
@@ -38,8 +42,23 @@ def build(trace: Trace, model: torch.nn.Module, args: Any, kwargs: Any) -> Struc
             for var in s.dims(Ref(key)):
                 s.pin(var, "is inside nn.MultiheadAttention, which takes its head size from its input's width")
     pin_training_inputs(s, model, args, kwargs)
+    _pin_by_settings(s, model, settings)
     s.close()
     return s
+
+
+def _pin_by_settings(s: Structure, model: torch.nn.Module, settings: Settings) -> None:
+    kept = settings.kept_parameters(model)
+    for key, info in s.trace.tensors.items():
+        for fqn in info.all_fqns:
+            if fqn in kept:
+                s.pin_all(Ref(key), f"is kept by the setting keep={kept[fqn]!r}")
+    barriers = settings.barrier_modules(model)
+    for op in s.trace.tape if barriers else ():
+        if op.module in barriers:
+            for ref in (*op.inputs, *op.outputs):
+                if ref is not None:
+                    s.pin_all(ref, f"is kept by the setting barrier={barriers[op.module]!r}")
 
 
 def pin_modules(s: Structure, modules: set[str]) -> dict[int, str]:
@@ -56,8 +75,8 @@ def pin_modules(s: Structure, modules: set[str]) -> dict[int, str]:
 class Keep:
     """Keep vectors per variable, with the reason why each position is kept."""
 
-    def __init__(self, s: Structure, facts: Facts, extra_pins: dict[int, str]):
-        self.structure = s
+    def __init__(self, s: Structure, facts: Facts, extra_pins: dict[int, str], round_to: int = 1):
+        self.structure, self.round_to = s, round_to
         self.reasons: list[str] = [""]
         self._reason_ids: dict[str, int] = {"": 0}
         roots = sorted({s.find(v) for v in range(len(s.parent))})

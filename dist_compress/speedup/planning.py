@@ -7,6 +7,7 @@ offset in a slice) shows there, and everything that the module of that code touc
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,35 +16,57 @@ from torch import nn
 from dist_compress.speedup import sets
 from dist_compress.speedup.apply import apply
 from dist_compress.speedup.attributes import attributes
+from dist_compress.speedup.capture import Capture, captured
 from dist_compress.speedup.facts import Facts
 from dist_compress.speedup.fold import close_constants
-from dist_compress.speedup.keep import Keep, build, pin_modules
+from dist_compress.speedup.keep import Keep, pin_modules
+from dist_compress.speedup.masking import Masks, check_masks, masked
 from dist_compress.speedup.plan import Blocked, Plan
 from dist_compress.speedup.propagation import propagate
+from dist_compress.speedup.settings import Settings
 from dist_compress.speedup.structure import Structure
 from dist_compress.speedup.verify import verify
-from dist_compress.tracing import Ref, Trace, TraceError, trace
+from dist_compress.tracing import Ref, TraceError, trace
 
 
-def plan(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Plan:
+def plan(
+    model: nn.Module | Capture,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    masks: Masks | None = None,
+    round_to: int = 1,
+    norm: str = "keep",
+    keep: Iterable[str] = (),
+    barrier: Iterable[str] = (),
+) -> Plan:
     """The plan that removes what the zeros of `model` allow, exactly. Rank 0 only; broadcast the result.
 
-    `model` is unwrapped and holds masked weights (exact zeros); it is left as it was. `args`, `kwargs`: an example
-    input; a small one makes planning quick. Zero slices that have to stay are in `Plan.blocked`, with the op that
+    `model`: unwrapped; it is left as it was. `args`, `kwargs`: an example input; a small one makes planning quick.
+    A `Capture` (of an earlier `coupling`) holds model, input and settings, and saves the work that it has done.
+    masks {parameter fqn: bool tensor broadcastable to it, True = keep}: the weights count as multiplied by them;
+    without, the exact zeros of the weights are the masks. Kept counts of shrinking dims are multiples of `round_to`.
+    `norm`, `keep`, `barrier` as in `capture`. Zero slices that have to stay are in `Plan.blocked`, with the op that
     keeps them.
     """
-    recorded = trace(model, args, kwargs, values=True)
-    structure = build(recorded, model, args, kwargs)
-    facts = propagate(recorded)
+    given = captured(model, args, kwargs, {"norm": norm, "keep": tuple(keep), "barrier": tuple(barrier)})
+    Settings(round_to=round_to)
+    pruned = masked(given.model, check_masks(given.model, masks)) if masks else given.model
+    structure = given.structure_of(pruned)
+    return _plan(pruned, given.args, given.kwargs, structure, round_to)
+
+
+def _plan(model: nn.Module, args: Any, kwargs: Any, structure: Structure, round_to: int) -> Plan:
+    facts = propagate(structure.trace)
     banned: set[str] = set()
     while True:
         pins = pin_modules(structure, banned)
-        keep = Keep(structure, facts, pins)
+        keep = Keep(structure, facts, pins, round_to)
         bias = close_constants(structure, facts, keep, model)
         made = _extract(structure, facts, keep, model, bias)
         if not made.keep:
             return made
-        failed = _rehearse(model, made, recorded, structure, keep, args, kwargs)
+        failed = _rehearse(model, made, structure, keep, args, kwargs)
         if failed is None:
             return made
         banned |= _culprit(failed, banned, structure, keep, model)
@@ -81,10 +104,9 @@ def _blocked(s: Structure, facts: Facts, keep: Keep) -> list[Blocked]:
     return found
 
 
-def _rehearse(
-    model: nn.Module, plan: Plan, recorded: Trace, s: Structure, keep: Keep, args: Any, kwargs: Any
-) -> str | None:
+def _rehearse(model: nn.Module, plan: Plan, s: Structure, keep: Keep, args: Any, kwargs: Any) -> str | None:
     """None when a shrunk copy runs and gives the recorded output, else the module where it first goes wrong."""
+    recorded = s.trace
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     small = apply(copy.deepcopy(model, shared), plan)  # tensors that stay whole are not copied
     try:

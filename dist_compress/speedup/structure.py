@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dist_compress.speedup import sets
+from dist_compress.speedup.settings import Settings
 from dist_compress.tracing import Op, Ref, Trace
 
 
@@ -57,6 +58,7 @@ class Structure:
     """Built by the rules, in tape order. `find` every variable before use."""
 
     trace: Trace
+    settings: Settings
     parent: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)

@@ -1,0 +1,93 @@
+"""One model on one example input, looked at once: its tape and its constraint system, for coupling and plans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from dist_compress.errors import UserError
+from dist_compress.speedup.keep import build
+from dist_compress.speedup.settings import Settings
+from dist_compress.speedup.structure import Structure
+from dist_compress.tracing import Trace, trace
+
+
+class Capture:
+    """Made by `capture`. `trace` and `structure` are made at first use; the model must not change its shape since.
+
+    Changed weights are no harm: what depends on them is read anew by `structure_of`.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Settings):
+        settings.kept_parameters(model)  # a wrong name is told before the work
+        settings.barrier_modules(model)
+        self.model, self.args, self.kwargs, self.settings = model, tuple(args), dict(kwargs), settings
+
+    @cached_property
+    def trace(self) -> Trace:
+        """The tape of one run, with the values that the weights had."""
+        self._weights = self._versions()
+        return trace(self.model, self.args, self.kwargs, values=True)
+
+    @cached_property
+    def structure(self) -> Structure:
+        """What belongs together, whatever the weights are."""
+        return build(self.trace, self.model, self.args, self.kwargs, self.settings)
+
+    def structure_of(self, model: nn.Module) -> Structure:
+        """`structure` over a tape that holds the values of `model`: the captured one, or a copy with other weights."""
+        structure = self.structure
+        if model is self.model and self._versions() == self._weights:
+            return structure
+        again = trace(model, self.args, self.kwargs, values=True)
+        if not _same_program(again, self.trace):  # control flow that looks at the weights
+            return build(again, model, self.args, self.kwargs, self.settings)
+        return replace(structure, trace=again)
+
+    def _versions(self) -> list[tuple[int, int]]:
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return [(id(tensor), tensor._version) for tensor in tensors]
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    norm: str = "keep",
+    keep: Iterable[str] = (),
+    barrier: Iterable[str] = (),
+) -> Capture:
+    """What `coupling` and `plan` share about `model(*args, **kwargs)`. Rank 0 only; the work is done at first use.
+
+    norm "keep" keeps normalised dims, "exact" exchanges norms for ones that divide by the old width, "plain" lets the
+    width of norms change (and with it the function). `keep`: fqns or patterns of parameters and modules whose dims all
+    stay. `barrier`: fqns or patterns of modules; what ops inside them touch stays. The first tensor of the input has
+    the batch in dim 0. Raises UserError for settings and names that do not fit.
+    """
+    return Capture(model, args, kwargs or {}, Settings(norm=norm, keep=keep, barrier=barrier))  # type: ignore[arg-type]
+
+
+def captured(
+    model: nn.Module | Capture, args: tuple[Any, ...], kwargs: dict[str, Any] | None, settings: dict[str, Any]
+) -> Capture:
+    """The capture of a model, or the one given; it holds its own inputs and settings, so none may come with it."""
+    if not isinstance(model, Capture):
+        return capture(model, args, kwargs, **settings)
+    defaults = Settings()
+    changed = [name for name, value in settings.items() if value != getattr(defaults, name)]
+    if args or kwargs or changed:
+        named = ", ".join(changed) or "args and kwargs"
+        raise UserError(f"{named}: a Capture holds its own; give them to capture(...), or give the model here.")
+    return model
+
+
+def _same_program(a: Trace, b: Trace) -> bool:
+    """Whether two runs made the same calls on tensors of the same shapes."""
+    if len(a.tape) != len(b.tape) or len(a.tensors) != len(b.tensors):
+        return False
+    return all(x == y for x, y in zip(a.tape, b.tape, strict=True)) and a.tensors == b.tensors
