@@ -6,7 +6,7 @@ import torch
 
 from dist_compress.speedup import contraction, dimwise, elementwise, movement
 from dist_compress.speedup.rule import Rule
-from dist_compress.tracing import Op
+from dist_compress.tracing import ModuleCall, Op
 
 _NAMES: dict[Rule, str] = {
     elementwise.Pointwise(): "add sub clone _to_copy to contiguous detach alias lift_fresh lift_fresh_copy masked_fill "
@@ -44,6 +44,8 @@ _POINTWISE, _BARRIER = elementwise.Pointwise(), Rule()
 
 def rule_of(op: Op) -> Rule:
     """The rule of an op; ops over two tensors that share a name with a reduction (max, min) are pointwise."""
+    if isinstance(op.target, ModuleCall):
+        return _BARRIER
     overload = op.target._overloadname
     if op.name in ("max", "min") and overload == "other":
         return _POINTWISE

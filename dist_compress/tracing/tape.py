@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch._ops import OpOverload
 
 
@@ -34,10 +35,28 @@ class Info:
 
 
 @dataclass(frozen=True)
-class Op:
-    """One ATen call. `args` and `kwargs` are as they were called, with each tensor replaced by its `Ref`."""
+class ModuleCall:
+    """The target of a leaf module's one op: calling it calls the module."""
 
-    target: OpOverload
+    module: nn.Module
+
+    @property
+    def name(self) -> str:
+        return f"module:{type(self.module).__name__}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One ATen call. `args` and `kwargs` are as they were called, with each tensor replaced by its `Ref`.
+
+    Or one call of a leaf module: `inputs` are the tensors among its arguments, then its parameters and buffers in the
+    order of `named_parameters()` and `named_buffers()`; `outputs` are the tensors of its result.
+    """
+
+    target: OpOverload | ModuleCall
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     inputs: tuple[Ref, ...]
@@ -47,6 +66,8 @@ class Op:
     @property
     def name(self) -> str:
         """The ATen name without overload and without the in-place underscore: add_.Tensor is "add"."""
+        if isinstance(self.target, ModuleCall):
+            return self.target.name
         name = self.target._schema.name.split("::")[1]
         return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
@@ -57,7 +78,9 @@ class Op:
         return self.outputs[0]
 
     def arg(self, name: str, default: Any = None) -> Any:
-        """The argument called `name` in the schema, or its schema default, or `default`."""
+        """The argument called `name` in the schema, or its schema default, or `default`; a module has no schema."""
+        if isinstance(self.target, ModuleCall):
+            return self.kwargs.get(name, default)
         for position, argument in enumerate(self.target._schema.arguments):
             if argument.name == name:
                 if name in self.kwargs:

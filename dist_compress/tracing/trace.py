@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dist_compress.errors import UserError
-from dist_compress.tracing.tape import Info, Op, Ref, Trace, map_tensors, refs_in
+from dist_compress.tracing.tape import Info, ModuleCall, Op, Ref, Trace, map_tensors, refs_in
 
 
 class TraceError(UserError):
@@ -30,20 +30,28 @@ class TraceError(UserError):
 
 
 def trace(
-    model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, values: bool = False
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    values: bool = False,
+    leaves: Callable[[nn.Module], bool] | None = None,
 ) -> Trace:
     """Execute `model(*args, **kwargs)` once in eval mode without gradients and return its tape. Local.
 
     With `values`, every tensor of the run is kept in `Trace.values` (as it was at that point of the program).
+    A module of which `leaves` is true runs unrecorded and is one op, whose target is a `ModuleCall`.
     Training flags, buffers, RNG state and the attention switches are as before when it returns.
-    Raises UserError naming the module in which the model's own code failed.
+    Raises UserError naming the module in which the model's own code failed, or a leaf that does more than compute
+    its result from its arguments and its own parameters and buffers.
     """
-    recorder = _Recorder(model, values)
+    recorder = _Recorder(model, values, leaves)
     recorder.add_inputs((args, kwargs or {}))
     with untouched(model), _module_paths(recorder):
         try:
             with recorder:
                 result = model(*args, **(kwargs or {}))
+        except UserError:
+            raise
         except Exception as error:
             where = recorder.failed or type(model).__name__
             text = (
@@ -85,11 +93,14 @@ def _module_paths(recorder: _Recorder) -> Iterator[None]:
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         name = recorder.names.get(module)
-        if name is None or threading.get_ident() != thread:
+        if name is None or threading.get_ident() != thread or recorder.leaf is not None:
             return original(module, *args, **kwargs)
         recorder.stack.append(name)
         try:
-            output = original(module, *args, **kwargs)
+            if recorder.leaves is not None and recorder.leaves(module):
+                output = recorder.run_leaf(original, module, args, kwargs)
+            else:
+                output = original(module, *args, **kwargs)
         except Exception:
             recorder.failed = name if recorder.failed is None else recorder.failed
             raise
@@ -106,10 +117,12 @@ def _module_paths(recorder: _Recorder) -> Iterator[None]:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, model: nn.Module, values: bool):
+    def __init__(self, model: nn.Module, values: bool, leaves: Callable[[nn.Module], bool] | None):
         super().__init__()
         self.trace = Trace()
         self.keep_values = values
+        self.leaves = leaves
+        self.leaf: set[int] | None = None  # ids of the tensors that the leaf module that runs may read
         self.names = {module: name for name, module in model.named_modules()}
         self.stack: list[str] = []
         self.failed: str | None = None
@@ -152,8 +165,50 @@ class _Recorder(TorchDispatchMode):
         if len(known) == len(leaves):
             self.trace.calls.append((name, tuple(known)))
 
+    def run_leaf(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Calls the module unrecorded and adds its one op."""
+        own = [*module.parameters(), *module.buffers()]
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        with _disable_current_modes():
+            call_args, call_kwargs = tree_map_only(torch.Tensor, self._ref, (tuple(args), dict(kwargs)))
+            inputs = tuple(self._ref(tensor) for tensor in (*given, *own))
+        versions = [_version(tensor) for tensor in (*given, *own)]
+        self.leaf = {id(tensor) for tensor in (*given, *own)}
+        try:
+            result = call(module, *args, **kwargs)
+        finally:
+            self.leaf = None
+        if versions != [_version(tensor) for tensor in (*given, *own)]:
+            raise self._not_a_leaf("writes in place into a tensor that it did not make")
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        dependent = any(self.trace.info(ref).dependent for ref in inputs)
+        with _disable_current_modes():
+            outputs = tuple(self._new(tensor, "value", dependent=dependent) for tensor in made)
+        self.trace.tape.append(Op(ModuleCall(module), call_args, call_kwargs, inputs, outputs, self._module()))
+        return result
+
+    def _check_reads(self, args: Any, kwargs: Any) -> None:
+        """A leaf sees nothing of the model but its arguments and its own state, or its rule would miss it."""
+        assert self.leaf is not None
+        for tensor in tree_leaves((args, kwargs)):
+            if not isinstance(tensor, torch.Tensor) or id(tensor) in self.leaf or id(tensor) not in self.current:
+                continue
+            info = self.trace.info(self.current[id(tensor)])
+            if info.dependent or info.kind in ("param", "buffer"):
+                what = info.fqn or f"a tensor of shape {info.shape}"
+                raise self._not_a_leaf(f"reads {what}, which is neither an argument nor its own")
+
+    def _not_a_leaf(self, what: str) -> UserError:
+        return UserError(
+            f"Module {self._module()!r} has a rule of its own, so it must compute its result from its arguments and "
+            f"its own parameters and buffers alone; it {what}. Change its forward, or register no rule for it."
+        )
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.leaf is not None:
+            self._check_reads(args, kwargs)
+            return func(*args, **kwargs)
         call_args = map_tensors(tuple(args), self._ref)
         call_kwargs = map_tensors(kwargs, self._ref)
         written = [
@@ -225,3 +280,7 @@ class _Recorder(TorchDispatchMode):
             for key in self._aliases(tensor):
                 if key != id(tensor):
                     self.stale[key] = tensor
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dist_compress.errors import UserError
-from dist_compress.tracing import trace
+from dist_compress.tracing import ModuleCall, trace
 
 
 def replay(recorded):
@@ -130,3 +130,61 @@ def test_an_output_without_tensors_is_refused():
 
     with pytest.raises(UserError, match="returned str"):
         trace(Silent(), (torch.randn(1),))
+
+
+class Gate(nn.Module):
+    """A leaf: two inputs, a parameter, a child with a parameter, two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x, other):
+        return self.inner(x) * self.scale, {"sum": x + other["y"]}
+
+
+class Gated(nn.Module):
+    def __init__(self, gate):
+        super().__init__()
+        self.first, self.gate = nn.Linear(4, 4), gate
+
+    def forward(self, x):
+        y = self.first(x)
+        a, b = self.gate(y, other={"y": x})
+        return (a + b["sum"]).relu_()
+
+
+def test_a_leaf_module_is_one_op():
+    model, x = Gated(Gate()), torch.randn(3, 4)
+    recorded = trace(model, (x,), values=True, leaves=lambda module: isinstance(module, Gate))
+    assert [op.name for op in recorded.tape] == ["t", "addmm", "module:Gate", "add", "relu"]
+    leaf = recorded.tape[2]
+    assert isinstance(leaf.target, ModuleCall) and leaf.target.module is model.gate and leaf.module == "gate"
+    infos = [recorded.info(ref) for ref in leaf.inputs]
+    assert [info.fqn for info in infos] == ["", "", "gate.scale", "gate.inner.weight", "gate.inner.bias"]
+    assert leaf.inputs[1] == recorded.inputs[0] and leaf.kwargs == {"other": {"y": leaf.inputs[1]}}
+    assert [recorded.info(ref).shape for ref in leaf.outputs] == [(3, 4), (3, 4)]
+    assert [name for name, _ in recorded.calls] == ["first", "gate", ""]
+    torch.testing.assert_close(recorded.result, model.eval()(x))
+    assert torch.equal(recorded.values[leaf.outputs[1].id], recorded.values[leaf.inputs[0].id] + x)
+
+
+class Stores(Gate):
+    def forward(self, x, other):
+        x.mul_(2)
+        return super().forward(x, other)
+
+
+class Peeks(Gate):
+    def forward(self, x, other):
+        return super().forward(x @ self.peer.weight, other)
+
+
+def test_a_leaf_that_does_more_than_its_arguments_say_is_refused():
+    with pytest.raises(UserError, match="'gate'.*writes in place"):
+        trace(Gated(Stores()), (torch.randn(3, 4),), leaves=lambda module: isinstance(module, Gate))
+    model = Gated(Peeks())
+    object.__setattr__(model.gate, "peer", model.first)
+    with pytest.raises(UserError, match="'gate'.*reads first.weight"):
+        trace(model, (torch.randn(3, 4),), leaves=lambda module: isinstance(module, Gate))
