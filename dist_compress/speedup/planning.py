@@ -84,7 +84,9 @@ def _extract(s: Structure, facts: Facts, keep: Keep, model: nn.Module, bias: dic
             kept |= {fqn: dims for fqn in info.all_fqns}
     named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     kept = {fqn: kept[fqn] for names in named for fqn, _ in names if fqn in kept}
-    return Plan(kept, attributes(s, keep, model), bias, _blocked(s, facts, keep))
+    shapes = {fqn: s.trace.info(Ref(key)).shape for key in s.known() for fqn in s.trace.info(Ref(key)).all_fqns}
+    shapes = {fqn: shapes[fqn] for fqn in kept}
+    return Plan(kept, attributes(s, keep, model), bias, _blocked(s, facts, keep), shapes)
 
 
 def _blocked(s: Structure, facts: Facts, keep: Keep) -> list[Blocked]:

@@ -1,6 +1,7 @@
 """Applying a plan: what survives, state dicts and optimizer moments, files, and plans that do not fit."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from dist_compress import speedup
 from dist_compress.errors import UserError
 from dist_compress.speedup import Plan, apply, apply_to_state, verify
+from dist_compress.speedup.plan import GraphRewrite, Swap
 
 
 def network():
@@ -101,6 +103,7 @@ def test_files_round_trip(tmp_path):
     assert loaded.blocked == plan.blocked and list(loaded.keep) == list(plan.keep)
     assert loaded.keep["0.weight"][0].tolist() == LEFT == plan.keep["0.weight"][0].tolist()
     assert torch.equal(loaded.bias["3.bias"], plan.bias["3.bias"])
+    assert loaded.shapes == plan.shapes and loaded.shapes["0.weight"] == (8, 3, 3, 3)
     loaded.keep["0.weight"][0][0] = 1
     assert loaded.fingerprint() != plan.fingerprint()
 
@@ -166,3 +169,23 @@ def test_a_plan_of_tied_tensors_is_saved(tmp_path):
     plan = Plan({"a.weight": {0: index}, "b.weight": {0: index}})
     plan.save(tmp_path)
     assert Plan.load(tmp_path).fingerprint() == plan.fingerprint()
+
+
+def test_every_field_of_a_plan_is_saved_and_told_by_the_fingerprint(tmp_path):
+    whole = Plan(
+        swaps={"norm": Swap("exact_norm", {"width": 8, "eps": 1e-5, "centred": True})},
+        resized={"op": {"input0": {1: torch.tensor([0, 2])}, "core.weight": {0: torch.tensor([1])}}},
+        graphs={"attn": GraphRewrite(((X, [2, None]), {"mask": (True, X[0])}), "abc", {"view": {"1.2": 3}})},
+        config={"hidden_size": 8},
+    )
+    whole.save(tmp_path)
+    loaded = Plan.load(tmp_path)
+    assert loaded.fingerprint() == whole.fingerprint() and loaded.swaps == whole.swaps and loaded.config == whole.config
+    resized = loaded.resized["op"]
+    assert resized["input0"][1].tolist() == [0, 2] and resized["core.weight"][0].tolist() == [1]
+    (x, rest), kwargs = loaded.graphs["attn"].inputs
+    assert torch.equal(x, X) and rest == [2, None] and kwargs["mask"][0] is True and type(kwargs["mask"]) is tuple
+    for name in ("swaps", "resized", "graphs", "config"):
+        assert replace(whole, **{name: {}}).fingerprint() != whole.fingerprint(), name
+    other = replace(whole, graphs={"attn": replace(whole.graphs["attn"], rewrites={"view": {"1.2": 4}})})
+    assert other.fingerprint() != whole.fingerprint()
