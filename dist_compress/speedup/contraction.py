@@ -50,6 +50,11 @@ class Matmul(Rule):
         )
         return [total if bias is None else total | f.tainted(bias)]
 
+    def nonzero(self, op: Op, f) -> list[torch.Tensor]:
+        a, b, bias = self.operands(op)
+        total = sets.matmul(f.nonzero(a), f.nonzero(b))
+        return [total if bias is None else total | f.nonzero(bias)]
+
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
         a, b, bias = self.operands(op)
         if f.dependent(a):
@@ -129,14 +134,21 @@ class Convolution(Rule):
 
     def taint(self, op: Op, f) -> list[torch.Tensor]:
         x, w = op.inputs[0], op.inputs[1]
+        return self._reached(op, f, [(f.tainted(x), f.nonzero(w)), (f.nonzero(x), f.tainted(w))], f.tainted)
+
+    def nonzero(self, op: Op, f) -> list[torch.Tensor]:
+        return self._reached(op, f, [(f.nonzero(op.inputs[0]), f.nonzero(op.inputs[1]))], f.nonzero)
+
+    def _reached(self, op: Op, f, pairs: list[tuple[torch.Tensor, torch.Tensor]], of_bias) -> list[torch.Tensor]:
+        """Outputs that see an element of both sets of a pair (data, weight), or one of the bias."""
         g, o, _ = self._sizes(op, f)
         total = torch.zeros((1, 1), dtype=torch.bool)
-        for data, weight in ((f.tainted(x), f.nonzero(w)), (f.nonzero(x), f.tainted(w))):
+        for data, weight in pairs:
             if bool(data.any()) and bool(weight.any()):
                 total = total | (self._weight(weight, op, f) & self._channels(data, g)[:, None]).any(-1)
-        total = self._spread(total, (g, o), len(f.shape(x)))
+        total = self._spread(total, (g, o), len(f.shape(op.out)))
         if len(op.inputs) > 2:
-            bias = f.tainted(op.inputs[2])
+            bias = of_bias(op.inputs[2])
             total = total | bias.reshape([1, -1] + [1] * (total.dim() - 2))
         return [total]
 

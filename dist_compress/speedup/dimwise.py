@@ -11,6 +11,8 @@ from dist_compress.speedup.rule import Rule, Seen, rank
 from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import Op, Ref
 
+_ZERO_OF_ZEROS = frozenset("mean sum amax amin max min var std prod any linalg_vector_norm norm".split())
+
 
 class Dimwise(Rule):
     """Mixes along `special(op, rank)` of its first tensor; these dims are kept whole."""
@@ -53,8 +55,19 @@ class Dimwise(Rule):
         s = sets.any_over(s, sorted(special))
         if any(bool(f.tainted(ref).any()) for ref in op.inputs[1:]):
             s = sets.uniform(s.dim(), True)
+        return self._outputs(s, special, op, f)
+
+    def _outputs(self, s: torch.Tensor, special: set[int], op: Op, f) -> list[torch.Tensor]:
+        """The set of each output, with or without the special dims, which are uniform."""
         dropped = s.reshape([n for d, n in enumerate(s.shape) if d not in special])
         return [s if rank(ref, f) == s.dim() else dropped for ref in op.outputs]
+
+    def _over_special(self, op: Op, f) -> list[torch.Tensor]:
+        """What is not zero where f(0) is 0 along the special dims; of further outputs (positions) all."""
+        s = f.nonzero(op.inputs[0])
+        special = self.special(op, s.dim())
+        first = self._outputs(sets.any_over(s, sorted(special)), special, op, f)[:1]
+        return first + super().nonzero(op, f)[1:]
 
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
         shape = f.shape(op.inputs[0])
@@ -78,12 +91,25 @@ class Window(Dimwise):
         spatial = next((n for n in (1, 2, 3) if f"{n}d" in op.name), num_dims - 2)
         return set(range(num_dims - spatial, num_dims))
 
+    def nonzero(self, op: Op, f) -> list[torch.Tensor]:
+        return self._over_special(op, f)
+
 
 class LayerNorm(Dimwise):
     why = "normalises over it"
 
     def special(self, op: Op, num_dims: int) -> set[int]:
         return set(range(num_dims - len(op.arg("normalized_shape")), num_dims))
+
+    def nonzero(self, op: Op, f) -> list[torch.Tensor]:
+        affine = [op.arg(name) for name in ("weight", "bias")]
+        if affine[0] is None:
+            return super().nonzero(op, f)
+        s = f.nonzero(affine[0])
+        if affine[1] is not None:
+            s = s | f.nonzero(affine[1])
+        s = s.reshape((1,) * (rank(op.out, f) - s.dim()) + tuple(s.shape))
+        return [s] + [sets.uniform(rank(ref, f), True) for ref in op.outputs[1:]]
 
     def link_affine(self, ref: Ref, op: Op, s: Structure) -> None:
         own, dims = s.dims(op.inputs[0]), s.dims(ref)
@@ -97,6 +123,12 @@ class ChannelNorm(Rule):
 
     def _mixed(self, s: torch.Tensor, op: Op) -> torch.Tensor:
         return s
+
+    def nonzero(self, op: Op, f) -> list[torch.Tensor]:
+        s = self._scale(op, f, rank(op.out, f))
+        if op.arg("bias") is not None:
+            s = s | f.nonzero(op.arg("bias")).reshape([1, -1] + [1] * (s.dim() - 2))
+        return [s] + [sets.uniform(rank(ref, f), True) for ref in op.outputs[1:]]
 
     def _scale(self, op: Op, f, num_dims: int) -> torch.Tensor:
         weight = op.arg("weight")
@@ -180,6 +212,10 @@ class Embedding(Rule):
         s = f.tainted(indices).unsqueeze(-1) & features
         return [s | sets.any_over(f.tainted(weight), [0]).reshape(-1)]
 
+    def nonzero(self, op: Op, f) -> list[torch.Tensor]:
+        features = sets.any_over(f.nonzero(op.inputs[0]), [0])
+        return [features.reshape([1] * (rank(op.out, f) - 1) + [-1])]
+
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
         for ref in op.inputs:
             yield ref, sets.uniform(len(f.shape(ref)), True)
@@ -189,6 +225,9 @@ class Reduction(Dimwise):
     """mean, sum, amax, ...: the reduced dims are kept whole."""
 
     why = "reduces over it"
+
+    def nonzero(self, op: Op, f) -> list[torch.Tensor]:
+        return self._over_special(op, f) if op.name in _ZERO_OF_ZEROS else super().nonzero(op, f)
 
 
 class Softmax(Dimwise):

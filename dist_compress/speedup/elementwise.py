@@ -10,6 +10,7 @@ from dist_compress.speedup import sets
 from dist_compress.speedup.rule import Rule, Seen, rank, union
 from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import Op, Ref
+from dist_compress.tracing.tape import map_tensors
 
 
 class Pointwise(Rule):
@@ -46,18 +47,51 @@ class Pointwise(Rule):
             yield ref, sets.fit(total, f.shape(ref))
 
 
+    def nonzero(self, op: Op, f) -> list[torch.Tensor]:
+        sources = self._sources(op)
+        if sources is None:
+            return super().nonzero(op, f)
+        total = torch.tensor(False)
+        for ref in sources:
+            total = total | f.nonzero(ref)
+        return [pad(total, rank(ref, f)) for ref in op.outputs]
+
+    def _sources(self, op: Op) -> tuple[Ref, ...] | None:
+        """The operands whose common zeros are zeros of the result; None when f(0) is not 0."""
+        if op.name == "div":
+            return op.inputs[:1] if op.arg("rounding_mode") is None else op.inputs
+        if op.name == "where" and len(op.inputs) == 3:
+            return op.inputs[1:]
+        if op.name == "masked_fill":
+            value = op.arg("value")
+            if not isinstance(value, Ref):
+                return op.inputs[:1] if value == 0 else None
+            return op.inputs[0], value
+        return op.inputs if keeps_zero(op) else None
+
+
 class Copy(Pointwise):
     """copy_(target, source): the old target is gone, only its shape remains."""
 
     def operands(self, op: Op) -> tuple[Ref, ...]:
         return op.inputs[1:]
 
+    def _sources(self, op: Op) -> tuple[Ref, ...] | None:
+        return op.inputs[1:]
+
 
 class Fill(Pointwise):
     """zeros_like(x), x.fill_(2): the shape of x, none of its values."""
 
+    makes_zeros = True
+
     def operands(self, op: Op) -> tuple[Ref, ...]:
         return op.inputs[1:]
+
+    def _sources(self, op: Op) -> tuple[Ref, ...] | None:
+        if "zero" in op.name or op.arg("value", op.arg("fill_value")) == 0:
+            return ()
+        return op.inputs[1:] or None
 
 
 class Product(Pointwise):
@@ -72,6 +106,12 @@ class Product(Pointwise):
         total = (f.tainted(a) & f.nonzero(b)) | (f.nonzero(a) & f.tainted(b))
         return [pad(total, rank(ref, f)) for ref in op.outputs]
 
+    def nonzero(self, op: Op, f) -> list[torch.Tensor]:
+        total = torch.tensor(True)
+        for ref in op.inputs:
+            total = total & f.nonzero(ref)
+        return [pad(total, rank(ref, f)) for ref in op.outputs]
+
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
         if len(op.inputs) != 2:
             yield from super().live(op, f, seen)
@@ -79,6 +119,20 @@ class Product(Pointwise):
         total = union(seen)
         for ref, other in (op.inputs, reversed(op.inputs)):
             yield ref, sets.fit(total & f.nonzero(other), f.shape(ref))
+
+
+def keeps_zero(op: Op) -> bool:
+    """Whether f(0, ..., 0) is 0, found by running the op on scalars."""
+
+    def zero(ref: Ref) -> torch.Tensor:
+        return torch.zeros(())
+
+    try:
+        result = op.target(*map_tensors(op.args, zero), **map_tensors(op.kwargs, zero))
+        results = result if isinstance(result, (tuple, list)) else [result]
+        return not any(bool(x.any()) for x in results)
+    except Exception:  # an op that takes no scalars, or makes a tensor without values
+        return False
 
 
 def pad(s: torch.Tensor, num_dims: int) -> torch.Tensor:

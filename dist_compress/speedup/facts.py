@@ -1,10 +1,13 @@
 """Taint and liveness on a tape: which elements may depend on the input, and which of them the output can see.
 
-Values of elements that do not depend on the input are read off the one real run. `alive` = observed and tainted:
-what is left is a known constant or invisible, and may go (constants are folded or kept, see fold.py).
+Known zeros among the rest come from the values of the one real run, or, without values, from masks of the weights.
+`alive` = observed and tainted: what is left is a known constant or invisible, and may go (constants are folded or
+kept, see fold.py).
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
@@ -13,16 +16,23 @@ from dist_compress.tracing import Ref, Trace
 
 
 class Facts:
-    """What `propagation.propagate` finds out. Needs a trace with values. Sets are on the CPU, broadcast-compressed."""
+    """What `propagation.propagate` finds out. Sets are on the CPU, broadcast-compressed.
 
-    def __init__(self, trace: Trace):
-        self.trace = trace
+    masks {parameter fqn: bool, of its rank, broadcastable to it}: what is nonzero, without any value; None: the trace
+    has values.
+    """
+
+    def __init__(self, trace: Trace, masks: Mapping[str, torch.Tensor] | None = None):
+        self.trace, self.masks = trace, masks
         self._tainted: dict[int, torch.Tensor] = {}
         self._observed: dict[int, torch.Tensor] = {}
         self._nonzero: dict[int, torch.Tensor] = {}
 
     def taint(self, ref: Ref, elements: torch.Tensor) -> None:
         self._tainted[ref.id] = sets.canonical(elements)
+
+    def set_nonzero(self, ref: Ref, elements: torch.Tensor) -> None:
+        self._nonzero[ref.id] = sets.canonical(elements)
 
     def observe(self, ref: Ref, elements: torch.Tensor) -> None:
         """Add to what is observed of `ref`."""
@@ -55,13 +65,28 @@ class Facts:
     def nonzero(self, ref: Ref) -> torch.Tensor:
         """Elements that are not a known zero."""
         if ref.id not in self._nonzero:
-            tainted = self.tainted(ref)
-            if not sets.is_all(tainted):
-                value = (self.value(ref) != 0).cpu()
-                known = sets.restrict(value, tainted) if tainted.numel() > 1 else value
-                tainted = sets.canonical(known | tainted)
-            self._nonzero[ref.id] = tainted
+            self._nonzero[ref.id] = self._by_value(ref) if self.masks is None else self._by_mask(ref, self.masks)
         return self._nonzero[ref.id]
+
+    def _by_value(self, ref: Ref) -> torch.Tensor:
+        tainted = self.tainted(ref)
+        if sets.is_all(tainted):
+            return tainted
+        value = (self.value(ref) != 0).cpu()
+        known = sets.restrict(value, tainted) if tainted.numel() > 1 else value
+        return sets.canonical(known | tainted)
+
+    def _by_mask(self, ref: Ref, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        info = self.trace.info(ref)
+        total = sets.uniform(len(info.shape), True)
+        for fqn in info.all_fqns:
+            if fqn in masks:
+                total = total & masks[fqn]
+        return sets.canonical(total)
 
     def alive(self, ref: Ref) -> torch.Tensor:
         return self.observed(ref) & self.tainted(ref)
+
+    def constants(self, ref: Ref) -> torch.Tensor:
+        """Elements that may be a constant other than zero."""
+        return self.nonzero(ref) & ~self.tainted(ref)

@@ -164,6 +164,10 @@ class View(Rule):
         a, b = op.inputs[0], op.out
         return [sets.reshape(f.tainted(a), f.shape(a), f.shape(b))]
 
+    def nonzero(self, op: Op, f) -> list[torch.Tensor]:
+        a, b = op.inputs[0], op.out
+        return [sets.reshape(f.nonzero(a), f.shape(a), f.shape(b))]
+
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
         yield op.inputs[0], sets.reshape(union(seen), f.shape(op.out), f.shape(op.inputs[0]))
 
@@ -199,7 +203,16 @@ class Move(Rule):
         source = op.inputs[0]
         if any(f.dependent(ref) for ref in op.inputs[1:]):
             return super().taint(op, f)
-        s, shape = f.tainted(source), f.shape(source)
+        return self._moved(op, f, f.tainted(source))
+
+    def nonzero(self, op: Op, f) -> list[torch.Tensor]:
+        if any(f.dependent(ref) for ref in op.inputs[1:]):
+            return super().nonzero(op, f)
+        return self._moved(op, f, f.nonzero(op.inputs[0]))
+
+    def _moved(self, op: Op, f, s: torch.Tensor) -> list[torch.Tensor]:
+        """A set of the first input, as a set of each output."""
+        shape = f.shape(op.inputs[0])
         if s.numel() == 1 and type(self) is not Pad:
             return [sets.uniform(rank(ref, f), bool(s)) for ref in op.outputs]
         constants = {ref.id: f.value(ref).cpu() for ref in op.inputs[1:]}
@@ -244,6 +257,9 @@ class Pad(Move):
 
     indexed = True
 
+    def nonzero(self, op: Op, f) -> list[torch.Tensor]:
+        return Rule.nonzero(self, op, f) if op.arg("value") else super().nonzero(op, f)
+
     def maps(self, op: Op, shape: tuple[int, ...], constants: dict[int, torch.Tensor]) -> list[DimMap | None]:
         dims: list[tuple[int | None, torch.Tensor | None]] = [(d, None) for d in range(len(shape))]
         pad = list(op.arg("pad"))
@@ -282,8 +298,14 @@ class Cat(Rule):
             s.link(own[axis], index, dims[axis], index + offset)
 
     def taint(self, op: Op, f) -> list[torch.Tensor]:
+        return self._joined(op, f, f.tainted)
+
+    def nonzero(self, op: Op, f) -> list[torch.Tensor]:
+        return self._joined(op, f, f.nonzero)
+
+    def _joined(self, op: Op, f, part) -> list[torch.Tensor]:
         axis = op.arg("dim") % rank(op.out, f)
-        parts = [(f.tainted(ref), size) for ref, _, size in self._parts(op, f.shape)]
+        parts = [(part(ref), size) for ref, _, size in self._parts(op, f.shape)]
         if all(sets.is_all(s) for s, _ in parts):
             return [parts[0][0]]
         shape = torch.broadcast_shapes(*([1 if d == axis else n for d, n in enumerate(s.shape)] for s, _ in parts))
@@ -310,6 +332,10 @@ class Stack(Rule):
     def taint(self, op: Op, f) -> list[torch.Tensor]:
         axis = op.arg("dim") % rank(op.out, f)
         return [torch.stack(list(torch.broadcast_tensors(*map(f.tainted, op.inputs))), axis)]
+
+    def nonzero(self, op: Op, f) -> list[torch.Tensor]:
+        axis = op.arg("dim") % rank(op.out, f)
+        return [torch.stack(list(torch.broadcast_tensors(*map(f.nonzero, op.inputs))), axis)]
 
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
         axis = op.arg("dim") % rank(op.out, f)

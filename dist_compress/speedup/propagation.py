@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
+
 from dist_compress.speedup import sets
 from dist_compress.speedup.facts import Facts
 from dist_compress.speedup.rules import rule_of
 from dist_compress.tracing import Trace
 
 
-def propagate(trace: Trace) -> Facts:
-    """What depends on the inputs of a trace with values, and what its outputs can see. Local."""
-    facts = Facts(trace)
+def propagate(trace: Trace, masks: Mapping[str, torch.Tensor] | None = None) -> Facts:
+    """What depends on the inputs of a trace, and what its outputs can see. Local.
+
+    Zeros are those of the trace's values, or with `masks` (as in `Facts`) what follows from them without values.
+    """
+    facts = Facts(trace, masks)
     for ref in trace.inputs:
         facts.taint(ref, sets.uniform(len(facts.shape(ref)), True))
     for op in trace.tape:
+        rule = rule_of(op)
+        if masks is not None and (rule.makes_zeros or not all(sets.is_all(facts.nonzero(ref)) for ref in op.inputs)):
+            for ref, elements in zip(op.outputs, rule.nonzero(op, facts), strict=True):
+                if ref is not None:
+                    facts.set_nonzero(ref, elements)
         if any(facts.dependent(ref) for ref in op.inputs):
-            for ref, elements in zip(op.outputs, rule_of(op).taint(op, facts), strict=True):
+            for ref, elements in zip(op.outputs, rule.taint(op, facts), strict=True):
                 if ref is not None:
                     facts.taint(ref, elements)
     for ref in trace.outputs:

@@ -18,7 +18,10 @@ class Rule:
     """What an op does to slices (`link`), to taint (`taint`) and to liveness (`live`). Stateless.
 
     `taint` gives one set per output of the op; `live` yields the observed elements of each tensor input.
+    `nonzero` gives what is not a known zero of each output, without its values, from what is not of the inputs.
     """
+
+    makes_zeros = False  # from inputs without any
 
     def link(self, op: Op, s: Structure) -> None:
         why = "has no rule and keeps everything it touches" if op.inputs else "creates a tensor of a fixed size"
@@ -29,6 +32,9 @@ class Rule:
     def taint(self, op: Op, f: Facts) -> list[torch.Tensor]:
         tainted = any(bool(f.tainted(ref).any()) for ref in op.inputs)
         return [sets.uniform(rank(ref, f), tainted) for ref in op.outputs]
+
+    def nonzero(self, op: Op, f: Facts) -> list[torch.Tensor]:
+        return [sets.uniform(rank(ref, f), True) for ref in op.outputs]
 
     def live(self, op: Op, f: Facts, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
         for ref in op.inputs:

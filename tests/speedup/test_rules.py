@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dist_compress.speedup.propagation import propagate
-from dist_compress.tracing import trace
+from dist_compress.tracing import Ref, trace
 
 
 class Do(nn.Module):
@@ -81,3 +81,45 @@ def test_taint_and_liveness_cover_what_really_depends(name):
     channels = [d for d in range(tainted.dim()) if d != 1]
     if exact and name != "cat, split":
         assert torch.equal(changed.any(channels), tainted.any(channels)), "more than needed would be kept"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_zeros_without_values_are_zeros_of_every_run(name):
+    torch.manual_seed(0)
+    model, shape = CASES[name]()
+    recorded = trace(model, (torch.randn(shape),), values=True)
+    facts = propagate(recorded, {fqn: parameter != 0 for fqn, parameter in model.named_parameters()})
+    by_value = propagate(recorded)
+    for key, value in recorded.values.items():
+        nonzero = facts.nonzero(Ref(key)).expand(value.shape)
+        assert not bool(((value != 0) & ~nonzero).any()), "a known zero is not zero"
+        if recorded.info(Ref(key)).dependent:
+            assert torch.equal(facts.alive(Ref(key)), by_value.alive(Ref(key)))
+
+
+def normed(x, mean, weight, bias):
+    return F.batch_norm(x, mean.flatten(), mean.flatten().exp(), weight.flatten(), bias.flatten())
+
+
+ZERO = {
+    "relu, pool": (lambda m, x: F.max_pool2d((x * m.g).relu(), 2) + F.avg_pool2d(x * m.g, 2), True),
+    "divided": (lambda m, x: (x * m.g) / (x.abs() + 1), True),
+    "batch_norm": (lambda m, x: normed(x, m.h, m.g, m.g), True),
+    "where": (lambda m, x: torch.where(x > 0, x * m.g, m.g), True),
+    "filled": (lambda m, x: torch.zeros_like(x) + (x * m.g).masked_fill(x > 0, 0), True),
+    "sigmoid": (lambda m, x: (x * m.g).sigmoid(), False),
+    "filled with one": (lambda m, x: (x * m.g).masked_fill(x > 0, 1), False),
+    "plus one": (lambda m, x: x * m.g + 1, False),
+    "shifted norm": (lambda m, x: normed(x, m.h, m.g, m.h), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_zeros_pass_where_f_of_zero_is_zero(name):
+    fn, passes = ZERO[name]
+    mask = torch.tensor([True, False, True, True, False, True])
+    model = Do(fn, g=torch.ones(6, 1, 1), h=torch.ones(6, 1, 1))
+    recorded = trace(model, (torch.randn(X),))
+    facts = propagate(recorded, {"g": mask.view(6, 1, 1)})
+    known = facts.nonzero(recorded.outputs[0])
+    assert torch.equal(known.flatten(), mask) if passes else bool(known.all())
