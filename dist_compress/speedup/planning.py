@@ -139,7 +139,7 @@ def _culprit(failed: str, banned: set[str], s: Structure, keep: Keep, model: nn.
     while True:
         builtin = type(model.get_submodule(name)).__module__.startswith("torch.nn.")
         pins = pin_modules(s, {name})
-        if not builtin and any(not bool(keep.kept[var].all()) for var in pins):
+        if not builtin and any(not bool(keep.kept[var].all()) for var in pins if var in keep.kept):
             return {name}
         if not name:
             return {op.module for op in s.trace.tape}
