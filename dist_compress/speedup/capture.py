@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from dist_compress.errors import UserError
@@ -19,7 +20,7 @@ from dist_compress.tracing import Trace, trace
 class Capture:
     """Made by `capture`. `trace` and `structure` are made at first use; the model must not change its shape since.
 
-    Changed weights are no harm: what depends on them is read anew by `structure_of`.
+    Changed weights are no harm: what depends on them is read anew.
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Settings):
@@ -29,9 +30,8 @@ class Capture:
 
     @cached_property
     def trace(self) -> Trace:
-        """The tape of one run, with the values that the weights had."""
-        self._weights = self._versions()
-        return trace(self.model, self.args, self.kwargs, values=True)
+        """The tape of one run."""
+        return trace(self.model, self.args, self.kwargs)
 
     @cached_property
     def structure(self) -> Structure:
@@ -39,18 +39,18 @@ class Capture:
         return build(self.trace, self.model, self.args, self.kwargs, self.settings)
 
     def structure_of(self, model: nn.Module) -> Structure:
-        """`structure` over a tape that holds the values of `model`: the captured one, or a copy with other weights."""
-        structure = self.structure
-        if model is self.model and self._versions() == self._weights:
-            return structure
+        """`structure` over a tape that holds all values of `model`: the captured one, or a copy with other weights."""
         again = trace(model, self.args, self.kwargs, values=True)
-        if not _same_program(again, self.trace):  # control flow that looks at the weights
-            return build(again, model, self.args, self.kwargs, self.settings)
-        return replace(structure, trace=again)
+        if "structure" in vars(self) and _same_program(again, self.trace):
+            return replace(self.structure, trace=again)
+        return build(again, model, self.args, self.kwargs, self.settings)  # first use, or code that looks at weights
 
-    def _versions(self) -> list[tuple[int, int]]:
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        return [(id(tensor), tensor._version) for tensor in tensors]
+    def values_of(self, model: nn.Module) -> dict[int, torch.Tensor]:
+        """The values of a run of a copy with other weights, {} when it is not the captured program or has none."""
+        if any(parameter.is_meta for parameter in model.parameters()):
+            return {}
+        again = trace(model, self.args, self.kwargs, values=True)
+        return again.values if _same_program(again, self.trace) else {}
 
 
 def capture(

@@ -2,12 +2,11 @@
 
 Positions of variables that links and views tie are components of a graph: a component is a unit. Where a view leaves
 a choice (heads or head coordinates) whole outer blocks are units; in a grouped convolution the same position of each
-group. At the end random units of every group are masked on a copy and planned for: what does not vanish is blocked.
+group. At the end random units of every group count as masked and are planned for: what does not vanish is blocked.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -16,8 +15,10 @@ import torch
 from torch import nn
 
 from dist_compress.speedup.capture import Capture, captured
+from dist_compress.speedup.masking import masked
 from dist_compress.speedup.origin import behind, makers
-from dist_compress.speedup.planning import plan
+from dist_compress.speedup.planning import solve
+from dist_compress.speedup.propagation import propagate
 from dist_compress.speedup.structure import Box, Structure
 from dist_compress.target import Coupling, LayerCost, Member, UnitGroup
 from dist_compress.tracing import Ref
@@ -209,26 +210,18 @@ def _roles(s: Structure) -> list[tuple[str, int, int, str]]:
 def _check(
     given: Capture, groups: list[tuple[UnitGroup, dict[int, torch.Tensor]]]
 ) -> list[tuple[UnitGroup, dict[int, torch.Tensor]]]:
-    """Mask 30 % of the units of each group on a copy and plan; groups of which one does not vanish become blocked."""
-    masked = copy.deepcopy(given.model)
+    """Mask 30 % of the units of each group, as data, and plan; groups of which one does not vanish become blocked."""
     generator = torch.Generator().manual_seed(0)
-    _revive(masked, generator)
     removed: dict[int, torch.Tensor] = {}
     for i, (group, _) in enumerate(groups):
         if not group.blocked and group.num_units > 1:
             count = max(1, round(0.3 * group.num_units))
             removed[i] = torch.randperm(group.num_units, generator=generator)[:count]
-            mask_units(masked, group, removed[i])
     if not removed:
         return groups
-    made = plan(
-        masked,
-        given.args,
-        given.kwargs,
-        norm=given.settings.norm,
-        keep=given.settings.keep,
-        barrier=given.settings.barrier,
-    )
+    masks = _masks(given.model, [(groups[i][0], units) for i, units in removed.items()])
+    facts = propagate(given.trace, masks, values=lambda: given.values_of(masked(given.model, masks)))
+    made = solve(given, given.model, given.structure, facts)
     checked = list(groups)
     for i, units in removed.items():
         group, where = groups[i]
@@ -240,14 +233,18 @@ def _check(
     return checked
 
 
-def _revive(model: nn.Module, generator: torch.Generator) -> None:
-    """Replace every zero weight: a head or a norm that starts at zero would make all before it dead."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            zero = parameter == 0
-            if bool(zero.any()) and parameter.is_floating_point():
-                noise = torch.randn(parameter.shape, generator=generator) * 0.02
-                parameter.copy_(torch.where(zero, noise.to(parameter), parameter))
+def _masks(model: nn.Module, chosen: list[tuple[UnitGroup, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """{parameter fqn: False at the producer and affine slices of the units}."""
+    masks: dict[str, torch.Tensor] = {}
+    for group, units in chosen:
+        for member in group.members:
+            if member.role != "consumer":
+                shape = model.get_parameter(member.fqn).shape
+                vector = torch.ones(shape[member.dim], dtype=torch.bool)
+                vector[member.index[units].flatten()] = False
+                vector = vector.view([-1 if d == member.dim else 1 for d in range(len(shape))])
+                masks[member.fqn] = masks[member.fqn] & vector if member.fqn in masks else vector
+    return masks
 
 
 def mask_units(model: nn.Module, group: UnitGroup, units: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ kept, see fold.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -19,11 +19,18 @@ class Facts:
     """What `propagation.propagate` finds out. Sets are on the CPU, broadcast-compressed.
 
     masks {parameter fqn: bool, of its rank, broadcastable to it}: what is nonzero, without any value; None: the trace
-    has values.
+    has values. `values`: how to get those of the masked run should they be needed, {} where there are none.
     """
 
-    def __init__(self, trace: Trace, masks: Mapping[str, torch.Tensor] | None = None):
+    def __init__(
+        self,
+        trace: Trace,
+        masks: Mapping[str, torch.Tensor] | None = None,
+        values: Callable[[], dict[int, torch.Tensor]] = dict,
+    ):
         self.trace, self.masks = trace, masks
+        self._make_values = values
+        self._values = trace.values if masks is None else None
         self._tainted: dict[int, torch.Tensor] = {}
         self._observed: dict[int, torch.Tensor] = {}
         self._nonzero: dict[int, torch.Tensor] = {}
@@ -49,8 +56,11 @@ class Facts:
     def dependent(self, ref: Ref) -> bool:
         return self.trace.info(ref).dependent
 
-    def value(self, ref: Ref) -> torch.Tensor:
-        return self.trace.values[ref.id]
+    def value(self, ref: Ref) -> torch.Tensor | None:
+        """What it was in the masked run; None where that cannot be known."""
+        if self._values is None:
+            self._values = self._make_values()
+        return self._values.get(ref.id)
 
     def tainted(self, ref: Ref) -> torch.Tensor:
         """Elements that may depend on the input."""
@@ -72,7 +82,7 @@ class Facts:
         tainted = self.tainted(ref)
         if sets.is_all(tainted):
             return tainted
-        value = (self.value(ref) != 0).cpu()
+        value = (self.trace.values[ref.id] != 0).cpu()
         known = sets.restrict(value, tainted) if tainted.numel() > 1 else value
         return sets.canonical(known | tainted)
 

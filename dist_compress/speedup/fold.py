@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from dist_compress.speedup import sets
 from dist_compress.speedup.facts import Facts
 from dist_compress.speedup.keep import Keep
 from dist_compress.speedup.origin import behind, makers
@@ -29,15 +30,17 @@ def close_constants(s: Structure, facts: Facts, keep: Keep, model: nn.Module) ->
         biases: dict[str, torch.Tensor] = {}
         grown = False
         for c in s.contractions:
+            constants = ~keep.kept[c.contracted] & _constants(c, facts)
+            if not bool(constants.any()):
+                continue
             contribution = _contribution(c, s, facts, keep)
-            if contribution is None:
+            if contribution is not None and not bool((contribution != 0).any()):
                 continue
             weight, _ = behind(s.trace, made_by, c.b)
             bias = None
-            if weight is not None and uses[weight.id] == 1:
+            if contribution is not None and weight is not None and uses[weight.id] == 1:
                 bias = _fold(c, s, contribution, model, s.trace.info(weight).all_fqns, keep)
             if bias is None:
-                constants = ~keep.kept[c.contracted] & _holds_constants(c, facts)
                 keep.grow(c.contracted, constants, f"holds a constant that {c.op.name} in {c.op.module} cannot fold")
                 grown = True
             else:
@@ -47,10 +50,11 @@ def close_constants(s: Structure, facts: Facts, keep: Keep, model: nn.Module) ->
         keep.close()
 
 
-def _holds_constants(c: Contraction, facts: Facts) -> torch.Tensor:
-    value = facts.value(c.a)
-    dim = _contracted_dim(c) % value.dim()
-    return (value != 0).transpose(0, dim).flatten(1).any(1).cpu()
+def _constants(c: Contraction, facts: Facts) -> torch.Tensor:
+    """Positions of the contracted dim that hold a constant other than zero: bool [n], or [1] for all alike."""
+    found = facts.constants(c.a)
+    dim = _contracted_dim(c) % found.dim()
+    return sets.any_over(found, [d for d in range(found.dim()) if d != dim]).flatten()
 
 
 def _contracted_dim(c: Contraction) -> int:
@@ -58,15 +62,15 @@ def _contracted_dim(c: Contraction) -> int:
 
 
 def _contribution(c: Contraction, s: Structure, facts: Facts, keep: Keep) -> torch.Tensor | None:
-    """What the removed inputs add to the kept outputs, float64, or None when that is nothing."""
-    removed = (~keep.kept[c.contracted]).nonzero().flatten()
-    if not len(removed) or not bool(_holds_constants(c, facts)[removed].any()):
-        return None
+    """What the removed constants add to the kept outputs, float64; None when their values are not known."""
     a, b = facts.value(c.a), facts.value(c.b)
-    removed = removed.to(a.device)
+    if a is None or b is None:
+        return None
+    removed = (~keep.kept[c.contracted]).nonzero().flatten().to(a.device)
     dim = _contracted_dim(c)
     only = torch.zeros_like(a, dtype=torch.float64)
     only.index_copy_(dim % a.dim(), removed, a.index_select(dim, removed).double())
+    only = torch.where(facts.tainted(c.a).to(a.device), 0.0, only)  # tainted and removed: nothing sees it
     if c.op.name == "convolution":
         names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
         settings = [c.op.arg(name) for name in names]
@@ -75,8 +79,7 @@ def _contribution(c: Contraction, s: Structure, facts: Facts, keep: Keep) -> tor
         total = only @ b.double()
     out_var = s.dims(c.op.out)[c.result_dim]
     kept = keep.kept[out_var].nonzero().flatten().to(a.device)
-    total = total.index_select(c.result_dim, kept)
-    return total if bool((total != 0).any()) else None
+    return total.index_select(c.result_dim, kept)
 
 
 def _fold(

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from dist_compress.speedup import sets
+from dist_compress.speedup.constants import constant
 from dist_compress.speedup.rule import Rule, Seen, rank, union
 from dist_compress.speedup.structure import Structure
-from dist_compress.tracing import Op, Ref
+from dist_compress.tracing import Op, Ref, Trace
 from dist_compress.tracing.tape import map_tensors
 
 
@@ -181,8 +182,8 @@ class Move(Rule):
         return coordinates(op, op.inputs[0], shape, constants)
 
     def link(self, op: Op, s: Structure) -> None:
-        constants = {ref.id: s.trace.values[ref.id].cpu() for ref in op.inputs[1:]}
-        if any(s.trace.info(ref).dependent for ref in op.inputs[1:]):
+        constants = self._constants(op, s.trace)
+        if constants is None:
             return Rule.link(self, op, s)
         shape = s.trace.info(op.inputs[0]).shape
         for position, dim_map in enumerate(self.maps(op, shape, constants)):
@@ -200,22 +201,26 @@ class Move(Rule):
         return [result - 1 for result in run(op, op.inputs[0], ids, constants)]
 
     def taint(self, op: Op, f) -> list[torch.Tensor]:
-        source = op.inputs[0]
-        if any(f.dependent(ref) for ref in op.inputs[1:]):
-            return super().taint(op, f)
-        return self._moved(op, f, f.tainted(source))
+        moved = self._moved(op, f, f.tainted(op.inputs[0]))
+        return super().taint(op, f) if moved is None else moved
 
     def nonzero(self, op: Op, f) -> list[torch.Tensor]:
-        if any(f.dependent(ref) for ref in op.inputs[1:]):
-            return super().nonzero(op, f)
-        return self._moved(op, f, f.nonzero(op.inputs[0]))
+        moved = self._moved(op, f, f.nonzero(op.inputs[0]))
+        return super().nonzero(op, f) if moved is None else moved
 
-    def _moved(self, op: Op, f, s: torch.Tensor) -> list[torch.Tensor]:
-        """A set of the first input, as a set of each output."""
-        shape = f.shape(op.inputs[0])
+    def _constants(self, op: Op, trace: Trace) -> dict[int, torch.Tensor] | None:
+        """The values of the further tensors (indices), None when they are not known."""
+        found = {ref.id: constant(trace, ref) for ref in op.inputs[1:]}
+        known = {key: value for key, value in found.items() if value is not None}
+        return known if len(known) == len(found) else None
+
+    def _moved(self, op: Op, f, s: torch.Tensor) -> list[torch.Tensor] | None:
+        """A set of the first input, as a set of each output; None when it is not known what goes where."""
+        shape, constants = f.shape(op.inputs[0]), self._constants(op, f.trace)
+        if constants is None:
+            return None
         if s.numel() == 1 and type(self) is not Pad:
             return [sets.uniform(rank(ref, f), bool(s)) for ref in op.outputs]
-        constants = {ref.id: f.value(ref).cpu() for ref in op.inputs[1:]}
         maps = self.maps(op, shape, constants)
         known = [m.push(s, shape) for m in maps if m is not None]
         if len(known) == len(maps):
@@ -225,12 +230,11 @@ class Move(Rule):
         return [sets.compress(flat[e.clamp(min=0)] & (e >= 0)) for e in elements]
 
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
-        source = op.inputs[0]
-        if any(f.dependent(ref) for ref in op.inputs[1:]):
+        source, constants = op.inputs[0], self._constants(op, f.trace)
+        if constants is None:
             yield from super().live(op, f, seen)
             return
         shape = f.shape(source)
-        constants = {ref.id: f.value(ref).cpu() for ref in op.inputs[1:]}
         maps = self.maps(op, shape, constants)
         elements = None
         for position, (s, dim_map) in enumerate(zip(seen, maps, strict=True)):

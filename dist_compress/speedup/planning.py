@@ -1,20 +1,18 @@
 """From masked weights to a plan: dead = exact zeros, then the keep fixpoint, constants, and a rehearsal.
 
-The rehearsal applies the plan to a copy and runs it. Python code that holds a size of its own (a literal in a view, an
-offset in a slice) shows there, and everything that the module of that code touches is kept in the next round.
+Every plan is rehearsed. What the module of python code that holds a size of its own touches is kept in the next round.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from dist_compress.errors import UserError
 from dist_compress.speedup import sets
-from dist_compress.speedup.apply import apply
 from dist_compress.speedup.attributes import attributes
 from dist_compress.speedup.capture import Capture, captured
 from dist_compress.speedup.facts import Facts
@@ -23,10 +21,10 @@ from dist_compress.speedup.keep import Keep, pin_modules
 from dist_compress.speedup.masking import Masks, check_masks, masked
 from dist_compress.speedup.plan import Blocked, Plan
 from dist_compress.speedup.propagation import propagate
+from dist_compress.speedup.rehearsal import rehearse
 from dist_compress.speedup.settings import Settings
 from dist_compress.speedup.structure import Structure
-from dist_compress.speedup.verify import verify
-from dist_compress.tracing import Ref, TraceError, trace
+from dist_compress.tracing import Ref
 
 
 def plan(
@@ -51,25 +49,32 @@ def plan(
     """
     given = captured(model, args, kwargs, {"norm": norm, "keep": tuple(keep), "barrier": tuple(barrier)})
     Settings(round_to=round_to)
-    pruned = masked(given.model, check_masks(given.model, masks)) if masks else given.model
+    checked = check_masks(given.model, masks) if masks is not None else {}
+    if any(parameter.is_meta for parameter in given.model.parameters()):
+        if masks is None:
+            raise UserError("plan: this model is on the meta device, so its weights have no zeros; give masks={...}.")
+        return solve(given, given.model, given.structure, propagate(given.trace, checked), round_to)
+    pruned = masked(given.model, checked) if checked else given.model
     structure = given.structure_of(pruned)
-    return _plan(pruned, given.args, given.kwargs, structure, round_to)
+    return solve(given, pruned, structure, propagate(structure.trace), round_to)
 
 
-def _plan(model: nn.Module, args: Any, kwargs: Any, structure: Structure, round_to: int) -> Plan:
-    facts = propagate(structure.trace)
+def solve(given: Capture, model: nn.Module, s: Structure, facts: Facts, round_to: int = 1) -> Plan:
+    """The plan of what is dead by `facts`, with everything kept that does not run or, where values are known, differs.
+
+    `model`: the captured one, or a copy with other weights, whose output the shrunk one must give.
+    """
     banned: set[str] = set()
     while True:
-        pins = pin_modules(structure, banned)
-        keep = Keep(structure, facts, pins, round_to)
-        bias = close_constants(structure, facts, keep, model)
-        made = _extract(structure, facts, keep, model, bias)
+        keep = Keep(s, facts, pin_modules(s, banned), round_to)
+        bias = close_constants(s, facts, keep, model)
+        made = _extract(s, facts, keep, model, bias)
         if not made.keep:
             return made
-        failed = _rehearse(model, made, structure, keep, args, kwargs)
+        failed = rehearse(given, model, made, s, keep, compare=facts.masks is None)
         if failed is None:
             return made
-        banned |= _culprit(failed, banned, structure, keep, model)
+        banned |= _culprit(failed, banned, s, keep, model)
 
 
 def _extract(s: Structure, facts: Facts, keep: Keep, model: nn.Module, bias: dict[str, torch.Tensor]) -> Plan:
@@ -104,33 +109,6 @@ def _blocked(s: Structure, facts: Facts, keep: Keep) -> list[Blocked]:
             for cause in causes.unique().tolist():
                 found.append(Blocked(info.fqn, d, int((causes == cause).sum()), keep.reasons[cause]))
     return found
-
-
-def _rehearse(model: nn.Module, plan: Plan, s: Structure, keep: Keep, args: Any, kwargs: Any) -> str | None:
-    """None when a shrunk copy runs and gives the recorded output, else the module where it first goes wrong."""
-    recorded = s.trace
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    small = apply(copy.deepcopy(model, shared), plan)  # tensors that stay whole are not copied
-    try:
-        result = trace(small, args, kwargs).result
-    except TraceError as error:
-        return error.module
-    tolerance = max(_tolerance(info.dtype) for info in map(recorded.info, recorded.outputs))
-    if verify(recorded.result, result) <= tolerance:
-        return None
-    again = trace(small, args, kwargs, values=True)
-    for (name, expected), (_, actual) in zip(recorded.calls, again.calls, strict=False):
-        for a, b in zip(expected, actual, strict=False):
-            value = recorded.values[a.id]
-            for d, var in enumerate(s.dims(a)):
-                value = value.index_select(d, keep.kept[var].nonzero().flatten().to(value.device))
-            if verify(value, again.values[b.id]) > tolerance:
-                return name
-    return ""
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    return min(1e3 * torch.finfo(dtype).eps, 0.05) if dtype.is_floating_point else 0.0
 
 
 def _culprit(failed: str, banned: set[str], s: Structure, keep: Keep, model: nn.Module) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -12,12 +12,16 @@ from dist_compress.speedup.rules import rule_of
 from dist_compress.tracing import Trace
 
 
-def propagate(trace: Trace, masks: Mapping[str, torch.Tensor] | None = None) -> Facts:
+def propagate(
+    trace: Trace,
+    masks: Mapping[str, torch.Tensor] | None = None,
+    values: Callable[[], dict[int, torch.Tensor]] = dict,
+) -> Facts:
     """What depends on the inputs of a trace, and what its outputs can see. Local.
 
     Zeros are those of the trace's values, or with `masks` (as in `Facts`) what follows from them without values.
     """
-    facts = Facts(trace, masks)
+    facts = Facts(trace, masks, values)
     for ref in trace.inputs:
         facts.taint(ref, sets.uniform(len(facts.shape(ref)), True))
     for op in trace.tape:

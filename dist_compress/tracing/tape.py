@@ -100,7 +100,8 @@ class Trace:
     inputs: list[Ref] = field(default_factory=list)
     outputs: list[Ref] = field(default_factory=list)
     calls: list[tuple[str, tuple[Ref, ...]]] = field(default_factory=list)  # (module fqn, its outputs), as ended
-    values: dict[int, torch.Tensor] = field(default_factory=dict)  # only when asked for
+    # of what does not depend on the inputs; of all tensors when asked for
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
     result: Any = None  # what the model returned
 
     def info(self, ref: Ref) -> Info:

@@ -38,7 +38,8 @@ def trace(
 ) -> Trace:
     """Execute `model(*args, **kwargs)` once in eval mode without gradients and return its tape. Local.
 
-    With `values`, every tensor of the run is kept in `Trace.values` (as it was at that point of the program).
+    With `values`, every tensor of the run is kept in `Trace.values` (as it was at that point of the program), else only
+    those that do not depend on the inputs.
     A module of which `leaves` is true runs unrecorded and is one op, whose target is a `ModuleCall`.
     Training flags, buffers, RNG state and the attention switches are as before when it returns.
     Raises UserError naming the module in which the model's own code failed, or a leaf that does more than compute
@@ -245,7 +246,7 @@ class _Recorder(TorchDispatchMode):
         self.held[id(tensor)] = tensor
         self.current[id(tensor)] = ref
         self.stale.pop(id(tensor), None)
-        if self.keep_values:
+        if self.keep_values or not known.get("dependent"):
             self.trace.values[ref.id] = tensor.detach()
         return ref
 
@@ -272,7 +273,7 @@ class _Recorder(TorchDispatchMode):
         """Values seen so far must survive the write."""
         for key in {key for tensor in written for key in self._aliases(tensor)}:
             ref = self._ref(self.held[key])
-            if self.keep_values:
+            if ref.id in self.trace.values:
                 self.trace.values[ref.id] = self.held[key].detach().clone()
 
     def _after_write(self, written: list[torch.Tensor]) -> None:

@@ -96,6 +96,21 @@ def test_a_literal_size_in_user_code_blocks_its_group():
     assert "holds this size" in groups["a"].blocked
 
 
+def test_a_size_in_arithmetic_blocks_its_group():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = self.a(x).relu()
+            return self.b(x / x.shape[-1])
+
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)), Scaled())
+    groups = by_name(speedup.coupling(model, (torch.randn(1, 4),)))
+    assert "holds this size" in groups["1.a"].blocked and not groups["0.0"].blocked
+
+
 def test_a_leak_that_nothing_folds_blocks_its_group():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid(), nn.Conv2d(4, 2, 3, padding=1))
     groups = by_name(speedup.coupling(model, (torch.randn(1, 3, 4, 4),)))

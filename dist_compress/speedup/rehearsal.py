@@ -1,0 +1,100 @@
+"""A plan is tried on a copy: python code that holds a size of its own (a literal in a view, an offset) shows there.
+
+The tape of the shrunk copy has to be the recorded one with the kept sizes: the same ops, every output of the shape
+that was planned, every number of a pointwise op as it was. Where values are known, they have to agree as well.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_compress.speedup.apply import apply
+from dist_compress.speedup.capture import Capture
+from dist_compress.speedup.elementwise import Pointwise
+from dist_compress.speedup.keep import Keep
+from dist_compress.speedup.plan import Plan
+from dist_compress.speedup.rules import rule_of
+from dist_compress.speedup.structure import Structure
+from dist_compress.speedup.verify import verify
+from dist_compress.tracing import Op, Ref, Trace, TraceError, trace
+
+
+def rehearse(given: Capture, model: nn.Module, plan: Plan, s: Structure, keep: Keep, compare: bool) -> str | None:
+    """None when a shrunk copy of `model` runs as planned, else the module where it first goes wrong. Local.
+
+    compare: whether its result has to be the one that `s.trace` recorded.
+    """
+    recorded = s.trace
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    small = apply(copy.deepcopy(model, shared), plan)  # tensors that stay whole are not copied
+    try:
+        again = trace(small, given.args, given.kwargs)
+    except TraceError as error:
+        return error.module
+    failed = _first_difference(again, s, keep, _other_programs(plan, model))
+    if failed is not None:
+        return failed
+    if not compare:
+        return None
+    tolerance = max(_tolerance(info.dtype) for info in map(recorded.info, recorded.outputs))
+    if verify(recorded.result, again.result) <= tolerance:
+        return None
+    return _first_call_apart(recorded, trace(small, given.args, given.kwargs, values=True), s, keep, tolerance)
+
+
+def _other_programs(plan: Plan, model: nn.Module) -> set[str]:
+    """Modules that may run other ops than recorded: exchanged ones, and layers that get a bias."""
+    owners = {fqn.rpartition(".")[0] for fqn in plan.bias}
+    created = {owner for owner in owners if getattr(model.get_submodule(owner), "bias", None) is None}
+    return created | set(plan.swaps) | set(plan.resized) | set(plan.graphs)
+
+
+def _first_difference(again: Trace, s: Structure, keep: Keep, skipped: set[str]) -> str | None:
+    """The module of the first op that is not the recorded one at the kept sizes; ops inside `skipped` may be any."""
+    sizes = {var: int(kept.sum()) for var, kept in keep.kept.items()}
+    planned = {key: tuple(sizes[v] for v in s.dims(Ref(key))) for key in s.known()}
+    for op, new in zip_longest(_outside(s.trace.tape, skipped), _outside(again.tape, skipped)):
+        if op is None or new is None:
+            return (op or new or s.trace.tape[-1]).module
+        if op.target != new.target or len(op.outputs) != len(new.outputs):
+            return op.module
+        for a, b in zip(op.outputs, new.outputs, strict=True):
+            if a is not None and b is not None and a.id in planned and again.info(b).shape != planned[a.id]:
+                return op.module
+        if isinstance(rule_of(op), Pointwise) and _numbers(op) != _numbers(new):
+            return op.module
+    return None
+
+
+def _outside(tape: list[Op], modules: set[str]) -> list[Op]:
+    inside = tuple(f"{module}." for module in modules)
+    return [op for op in tape if not f"{op.module}.".startswith(inside)] if modules else tape
+
+
+def _numbers(op: Op) -> list[Any]:
+    """The plain arguments of an op."""
+    return [x for x in (*op.args, *op.kwargs.values()) if isinstance(x, (bool, int, float, str))]
+
+
+def _first_call_apart(recorded: Trace, again: Trace, s: Structure, keep: Keep, tolerance: float) -> str:
+    """The first module call whose kept output is not the recorded one."""
+    for (name, expected), (_, actual) in zip(recorded.calls, again.calls, strict=False):
+        for a, b in zip(expected, actual, strict=False):
+            if verify(_kept(recorded.values[a.id], a, s, keep), again.values[b.id]) > tolerance:
+                return name
+    return ""
+
+
+def _kept(value: torch.Tensor, ref: Ref, s: Structure, keep: Keep) -> torch.Tensor:
+    for d, var in enumerate(s.dims(ref)):
+        value = value.index_select(d, keep.kept[var].nonzero().flatten().to(value.device))
+    return value
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return min(1e3 * torch.finfo(dtype).eps, 0.05) if dtype.is_floating_point else 0.0
