@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dist_compress.errors import UserError
+from dist_compress.speedup.modules import exchange, replacement_of
 from dist_compress.speedup.plan import Plan
 
 
@@ -18,25 +19,35 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """Shrink `model` in place and return it. Local, the same on every rank.
 
     Modules are the same objects; parameters are new `Parameter`s (dtype, device, requires_grad and ties as before),
-    so optimizers and wrappers have to be built anew. Raises UserError when the plan is of another model.
+    so optimizers and wrappers have to be built anew. Raises UserError when the plan is of another model or was applied
+    before; the model is then as it was.
     """
     owners = {fqn: _owner(model, fqn) for fqn in plan.keep}
-    old = {fqn: _tensor(fqn, *owners[fqn]) for fqn in plan.keep}  # all of them before the first changes: ties
+    old = {fqn: _tensor(fqn, *owners[fqn]) for fqn in plan.keep}
+    for fqn, tensor in old.items():
+        _check_shape(fqn, tensor, plan)
+    biases = {fqn: _bias(model, fqn, value, plan) for fqn, value in plan.bias.items()}
+    numbers = [(*_owner(model, fqn), value) for fqn, value in plan.attrs.items()]
+    swaps = [(_module(model, fqn), swap) for fqn, swap in plan.swaps.items()]
+    for _, swap in swaps:
+        replacement_of(swap)
+    config = _config(model, plan)
     new: dict[int, torch.Tensor] = {}
     for fqn, dims in plan.keep.items():
         if id(old[fqn]) not in new:
-            new[id(old[fqn])] = _replacement(old[fqn], _slice(fqn, old[fqn].detach(), dims))
+            new[id(old[fqn])] = _replacement(old[fqn], _slice(old[fqn].detach(), dims))
+    # Everything is checked and made: from here on nothing fails.
     for fqn, (owner, name) in owners.items():
         setattr(owner, name, new[id(old[fqn])])
-    for fqn, value in plan.bias.items():
+    for fqn, bias in biases.items():
         owner, name = _owner(model, fqn)
-        like = getattr(owner, name)
-        like = _tensor(fqn, owner, "weight") if like is None else like
-        bias = value.to(device=like.device, dtype=like.dtype)
-        setattr(owner, name, nn.Parameter(bias.clone(), requires_grad=like.requires_grad))
-    for fqn, value in plan.attrs.items():
-        owner, name = _owner(model, fqn)
+        setattr(owner, name, bias)
+    for owner, name, value in numbers:
         setattr(owner, name, value)
+    for module, swap in swaps:
+        exchange(module, swap)
+    for name, value in plan.config.items():
+        setattr(config, name, value)
     return model
 
 
@@ -44,22 +55,29 @@ def apply_to_state(plan: Plan, state: Mapping[str, torch.Tensor]) -> dict[str, t
     """{parameter fqn: tensor shaped like it} sliced like the parameters; other tensors (step counters) as they are.
 
     For optimizer moments and saved checkpoints. Local. A folded bias keeps its old value here: set it from
-    `plan.bias` where the state holds weights.
+    `plan.bias` where the state holds weights. Raises UserError for tensors that are not of the plan's model.
     """
-    return {
-        fqn: _slice(fqn, tensor, plan.keep[fqn]) if fqn in plan.keep and tensor.dim() else tensor
-        for fqn, tensor in state.items()
-    }
+    result = dict(state)
+    for fqn, tensor in state.items():
+        if fqn in plan.keep and tensor.dim():
+            _check_shape(fqn, tensor, plan)
+            result[fqn] = _slice(tensor, plan.keep[fqn])
+    return result
 
 
 def _owner(model: nn.Module, fqn: str) -> tuple[nn.Module, str]:
     path, _, name = fqn.rpartition(".")
+    owner = _module(model, path)
+    if not hasattr(owner, name):
+        raise _mismatch(fqn, "does not exist here")
+    return owner, name
+
+
+def _module(model: nn.Module, fqn: str) -> nn.Module:
     try:
-        owner = model.get_submodule(path)
-        getattr(owner, name)
+        return model.get_submodule(fqn)
     except AttributeError:
         raise _mismatch(fqn, "does not exist here") from None
-    return owner, name
 
 
 def _tensor(fqn: str, owner: nn.Module, name: str) -> torch.Tensor:
@@ -69,21 +87,50 @@ def _tensor(fqn: str, owner: nn.Module, name: str) -> torch.Tensor:
     return tensor
 
 
+def _config(model: nn.Module, plan: Plan) -> object:
+    config = getattr(model, "config", None)
+    for name in plan.config:
+        if not hasattr(config, name):
+            raise _mismatch(f"config.{name}", "does not exist here")
+    return config
+
+
 def _mismatch(fqn: str, what: str) -> UserError:
     return UserError(
         f"The speedup plan does not fit this model: {fqn!r} {what}. "
-        "Apply a plan to the architecture it was made for, before anything is shrunk."
+        "Apply a plan once, to the architecture it was made for, before anything is shrunk."
     )
 
 
-def _slice(fqn: str, tensor: torch.Tensor, dims: Mapping[int, torch.Tensor]) -> torch.Tensor:
+def _check_shape(fqn: str, tensor: torch.Tensor, plan: Plan) -> None:
+    """Raises UserError unless `tensor` is as it was when the plan was made."""
+    shape = tuple(tensor.shape)
+    if fqn in plan.shapes and shape != tuple(plan.shapes[fqn]):
+        raise _mismatch(fqn, f"has shape {shape}, the plan is for {tuple(plan.shapes[fqn])}")
+    for dim, index in plan.keep[fqn].items():
+        if dim >= len(shape) or int(index.max()) >= shape[dim]:
+            raise _mismatch(fqn, f"has shape {shape}, too small for the plan's dim {dim}")
+
+
+def _slice(tensor: torch.Tensor, dims: Mapping[int, torch.Tensor]) -> torch.Tensor:
     channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     channels_last = channels_last and not tensor.is_contiguous()
     for dim, index in dims.items():
-        if dim >= tensor.dim() or int(index.max()) >= tensor.size(dim):
-            raise _mismatch(fqn, f"has shape {tuple(tensor.shape)}, too small for the plan's dim {dim}")
         tensor = tensor.index_select(dim, index.to(tensor.device))
     return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
+
+
+def _bias(model: nn.Module, fqn: str, value: torch.Tensor, plan: Plan) -> nn.Parameter:
+    """The new parameter that holds the folded value."""
+    owner, name = _owner(model, fqn)
+    old = getattr(owner, name)
+    if old is not None:
+        kept = plan.keep.get(fqn, {})
+        expected = tuple(len(kept[d]) if d in kept else n for d, n in enumerate(_tensor(fqn, owner, name).shape))
+        if tuple(value.shape) != expected:
+            raise _mismatch(fqn, f"has shape {tuple(old.shape)}, which is not that of the plan's value")
+    like = _tensor(fqn, owner, "weight" if old is None else name)
+    return nn.Parameter(value.to(device=like.device, dtype=like.dtype).clone(), requires_grad=like.requires_grad)
 
 
 def _replacement(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -189,3 +189,25 @@ def test_every_field_of_a_plan_is_saved_and_told_by_the_fingerprint(tmp_path):
         assert replace(whole, **{name: {}}).fingerprint() != whole.fingerprint(), name
     other = replace(whole, graphs={"attn": replace(whole.graphs["attn"], rewrites={"view": {"1.2": 4}})})
     assert other.fingerprint() != whole.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {},  # applied before
+        {"bias": {"3.bias": torch.zeros(5)}},
+        {"bias": {"9.bias": torch.zeros(5)}},
+        {"attrs": {"0.size": 3}},
+        {"swaps": {"0": Swap("unknown")}},
+        {"swaps": {"9": Swap("slim_attention")}},
+        {"config": {"hidden_size": 3}},
+    ],
+)
+def test_a_plan_that_fails_anywhere_changes_nothing(damage):
+    plan = speedup.plan(masked(), (X,))
+    model = masked() if damage else apply(masked(), plan)
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match="speedup plan"):
+        apply(model, replace(plan, **damage))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model[0].out_channels == (8 if damage else 6)
