@@ -195,7 +195,7 @@ def test_every_field_of_a_plan_is_saved_and_told_by_the_fingerprint(tmp_path):
     "damage",
     [
         {},  # applied before
-        {"bias": {"3.bias": torch.zeros(5)}},
+        {"bias": {"1.bias": torch.zeros(5)}},
         {"bias": {"9.bias": torch.zeros(5)}},
         {"attrs": {"0.size": 3}},
         {"swaps": {"0": Swap("unknown")}},
