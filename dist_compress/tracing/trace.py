@@ -271,7 +271,7 @@ class _Recorder(TorchDispatchMode):
 
     def _before_write(self, written: list[torch.Tensor]) -> None:
         """Values seen so far must survive the write."""
-        for key in {key for tensor in written for key in self._aliases(tensor)}:
+        for key in dict.fromkeys(key for tensor in written for key in self._aliases(tensor)):
             ref = self._ref(self.held[key])
             if ref.id in self.trace.values:
                 self.trace.values[ref.id] = self.held[key].detach().clone()
