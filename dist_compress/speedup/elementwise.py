@@ -94,6 +94,13 @@ class Fill(Pointwise):
         return op.inputs[1:] or None
 
 
+class Choice(Pointwise):
+    """where, masked_fill: zero wherever both choices are, whatever chooses."""
+
+    def taint(self, op: Op, f) -> list[torch.Tensor]:
+        return [t & n for t, n in zip(super().taint(op, f), self.nonzero(op, f), strict=True)]
+
+
 class Product(Pointwise):
     """a * b: each side is seen and tainted only where the other is not a known zero."""
 

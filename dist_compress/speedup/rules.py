@@ -9,9 +9,10 @@ from dist_compress.speedup.rule import Rule
 from dist_compress.tracing import ModuleCall, Op
 
 _NAMES: dict[Rule, str] = {
-    elementwise.Pointwise(): "add sub clone _to_copy to contiguous detach alias lift_fresh lift_fresh_copy masked_fill "
-    "where dropout native_dropout hardswish hardsigmoid hardtanh leaky_relu prelu _prelu_kernel gelu elu silu mish "
+    elementwise.Pointwise(): "add sub clone _to_copy to contiguous detach alias lift_fresh lift_fresh_copy "
+    "dropout native_dropout hardswish hardsigmoid hardtanh leaky_relu prelu _prelu_kernel gelu elu silu mish "
     "relu relu6 sigmoid tanh softplus log_sigmoid_forward nan_to_num div pow",
+    elementwise.Choice(): "masked_fill where",
     elementwise.Product(): "mul",
     elementwise.Copy(): "copy",
     elementwise.Fill(): "fill zero zeros_like ones_like full_like empty_like rand_like randn_like",
