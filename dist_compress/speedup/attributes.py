@@ -61,9 +61,10 @@ def _head_counts(s: Structure, keep: Keep, modules: dict[str, nn.Module]) -> dic
     Whether that was right is decided by the rehearsal of the plan.
     """
     changes: dict[tuple[str, int], set[int]] = {}
+    known = set(s.known())
     for op in s.trace.tape:
         if isinstance(rule_of(op), View):
-            for ref in (*op.inputs, op.out):
+            for ref in (r for r in (*op.inputs, op.out) if r.id in known):
                 for var in s.dims(ref):
                     changes.setdefault((op.module, s.sizes[var]), set()).add(int(keep.kept[var].sum()))
     found = {}

@@ -9,45 +9,56 @@ from collections import defaultdict, deque
 from typing import Any
 
 import torch
+from torch import nn
 
 from dist_compress.speedup import sets
 from dist_compress.speedup.facts import Facts
 from dist_compress.speedup.rules import rule_of
 from dist_compress.speedup.settings import Settings
 from dist_compress.speedup.structure import Box, Link, Structure
+from dist_compress.speedup.swaps import is_attention
 from dist_compress.speedup.training_only import pin_training_inputs
-from dist_compress.tracing import Ref, Trace
-
-MultiheadAttention = torch.nn.MultiheadAttention
+from dist_compress.tracing import Op, Ref, Trace
 
 
-def build(trace: Trace, model: torch.nn.Module, args: Any, kwargs: Any, settings: Settings) -> Structure:
+def build(trace: Trace, model: nn.Module, args: Any, kwargs: Any, settings: Settings) -> Structure:
     """The constraint system of a tape (with values) of `model(*args, **kwargs)`, with what cannot shrink pinned.
 
     The rules of norms read `settings.norm`. Raises UserError when a name in `settings` matches nothing.
     """
     s = Structure(trace, settings)
-    for op in trace.tape:
+    for op in _read(trace):
         rule_of(op).link(op, s)
     for ref in trace.inputs:
         s.pin_all(ref, "is an input of the model")
     for ref in trace.outputs:
         s.pin_all(ref, "is an output of the model")
-    attention = {name for name, m in model.named_modules() if isinstance(m, MultiheadAttention)}
+    fixed = {name for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention) and not is_attention(m)}
     for key, info in trace.tensors.items():
         if info.kind == "const":
             for var in s.dims(Ref(key)):
                 s.pin(var, "is a tensor that python code holds")
-        if info.kind == "param" and info.fqn.rpartition(".")[0] in attention:
+        if info.kind == "param" and info.fqn.rpartition(".")[0] in fixed:
             for var in s.dims(Ref(key)):
-                s.pin(var, "is inside nn.MultiheadAttention, which takes its head size from its input's width")
+                s.pin(var, "is inside a subclass of nn.MultiheadAttention, which takes its head size from its width")
     pin_training_inputs(s, model, args, kwargs)
     _pin_by_settings(s, model, settings)
     s.close()
     return s
 
 
-def _pin_by_settings(s: Structure, model: torch.nn.Module, settings: Settings) -> None:
+def _read(trace: Trace) -> list[Op]:
+    """The ops that the outputs need: averaged attention weights that nobody takes hold no head."""
+    needed = {ref.id for ref in trace.outputs}
+    found = []
+    for op in reversed(trace.tape):
+        if any(ref is not None and ref.id in needed for ref in op.outputs):
+            needed.update(ref.id for ref in op.inputs)
+            found.append(op)
+    return found[::-1]
+
+
+def _pin_by_settings(s: Structure, model: nn.Module, settings: Settings) -> None:
     kept = settings.kept_parameters(model)
     for key, info in s.trace.tensors.items():
         for fqn in info.all_fqns:
@@ -64,10 +75,11 @@ def _pin_by_settings(s: Structure, model: torch.nn.Module, settings: Settings) -
 def pin_modules(s: Structure, modules: set[str]) -> dict[int, str]:
     """Pins (by representative) for everything that ops directly in `modules` touch."""
     pins: dict[int, str] = {}
+    known = set(s.known())
     for op in s.trace.tape:
         if op.module in modules:
             for ref in (*op.inputs, *op.outputs):
-                for var in s.dims(ref) if ref is not None else ():
+                for var in s.dims(ref) if ref is not None and ref.id in known else ():
                     pins.setdefault(s.find(var), f"the code of {op.module or 'the model itself'} holds this size")
     return pins
 
@@ -112,6 +124,12 @@ class Keep:
             for d, var in enumerate(s.dims(ref)):
                 vector = sets.any_over(alive, [o for o in range(alive.dim()) if o != d]).reshape(-1)
                 self.grow(var, vector.expand(s.sizes[var]), f"is not zero after {where}")
+
+        for ref, d in s.zeros_only:
+            some = facts.nonzero(ref) & facts.observed(ref) if facts.dependent(ref) else facts.nonzero(ref)
+            vector = sets.any_over(some, [o for o in range(some.dim()) if o != d % some.dim()]).reshape(-1)
+            var = s.dims(ref)[d]
+            self.grow(var, vector.expand(s.sizes[var]), "is summed over and not zero")
 
     def _keep_unreached(self, facts: Facts) -> None:
         """Dims that only weights have, and that no constraint ties to data, stay whole."""

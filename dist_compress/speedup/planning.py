@@ -24,6 +24,7 @@ from dist_compress.speedup.propagation import propagate
 from dist_compress.speedup.rehearsal import rehearse
 from dist_compress.speedup.settings import Settings
 from dist_compress.speedup.structure import Structure
+from dist_compress.speedup.swaps import nested_encoders, swaps
 from dist_compress.tracing import Ref
 
 
@@ -91,7 +92,9 @@ def _extract(s: Structure, facts: Facts, keep: Keep, model: nn.Module, bias: dic
     kept = {fqn: kept[fqn] for names in named for fqn, _ in names if fqn in kept}
     shapes = {fqn: s.trace.info(Ref(key)).shape for key in s.known() for fqn in s.trace.info(Ref(key)).all_fqns}
     shapes = {fqn: shapes[fqn] for fqn in kept}
-    return Plan(kept, attributes(s, keep, model), bias, _blocked(s, facts, keep), shapes)
+    exchanged = swaps(model, kept)
+    attrs = attributes(s, keep, model) | nested_encoders(model, exchanged)
+    return Plan(kept, attrs, bias, _blocked(s, facts, keep), shapes, exchanged)
 
 
 def _blocked(s: Structure, facts: Facts, keep: Keep) -> list[Blocked]:
