@@ -1,6 +1,7 @@
-"""Recording a model: the ATen tape of one real run."""
+"""Recording a model by one real run: its program as a torch.fx graph, or its tape of ATen ops."""
 
+from dist_compress.tracing.recorder import Specialised, concrete_trace
 from dist_compress.tracing.tape import Info, ModuleCall, Op, Ref, Trace
 from dist_compress.tracing.trace import TraceError, trace
 
-__all__ = ["Info", "ModuleCall", "Op", "Ref", "Trace", "TraceError", "trace"]
+__all__ = ["Info", "ModuleCall", "Op", "Ref", "Specialised", "Trace", "TraceError", "concrete_trace", "trace"]

@@ -45,20 +45,24 @@ class Specialised(NamedTuple):
 
 
 def concrete_trace(
-    model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    leaves: Callable[[nn.Module], bool] | None = None,
 ) -> GraphModule:
     """The graph of `model(*args, **kwargs)`, recorded by running it once in evaluation mode. Local.
 
     The graph takes the same arguments under the names of `forward`, returns the same structure, and shares the
     parameters, buffers and torch.nn modules of `model` under their names. It runs at other batch sizes unless
-    the program itself fixed one. Modes, buffers, random state and arguments are left as they were. `meta` has
+    the program itself fixed one. A module of which `leaves` is true is one `call_module` node, like those of torch.nn.
+    Modes, buffers, random state and arguments are left as they were. `meta` has
         "specialised"     [Specialised]: what `.item()`, `bool(tensor)`, `tolist()` and the like read
         "lifted"          {attribute: module fqn}: tensors and objects that are no input, parameter or buffer
         "opaque_outputs"  [attribute]: outputs that are neither tensor nor nest (caches): the recorded objects
     Raises UserError when the model fails, or when a value computed from the inputs escapes the recorder.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
-    recorder = _Recorder(model)
+    recorder = _Recorder(model, leaves)
     grad_enabled = torch.is_grad_enabled()
     arguments = tree_map(_copy, (tuple(args), dict(kwargs or {})))
     run_args, run_kwargs = recorder.add_inputs(*arguments)
@@ -94,8 +98,9 @@ _lock = threading.RLock()  # what `watching` patches is global
 class _Recorder(GraphBuilder):
     """Turns what the running model does into nodes."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, leaves: Callable[[nn.Module], bool] | None) -> None:
         super().__init__(model)
+        self.is_leaf = leaves or (lambda module: False)
         self.specialised: list[Specialised] = []
         self.grad_switches: list[tuple[bool, Node]] = []  # (grad mode before, the swap that left it)
         self.thread = threading.get_ident()
@@ -110,7 +115,7 @@ class _Recorder(GraphBuilder):
             return call(module, *args, **kwargs)
         self.path.append(self.modules.get(id(module), self.path[-1]))
         try:
-            if module is self.model or not _is_leaf(module):
+            if module is self.model or not (_is_leaf(module) or self.is_leaf(module)):
                 return call(module, *args, **kwargs)
             name = self._module_name(module)
             return self._record("call_module", name, lambda: call(module, *args, **kwargs), args, kwargs)

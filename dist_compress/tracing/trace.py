@@ -14,10 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dist_compress.errors import UserError
+from dist_compress.tracing.constants import known
 from dist_compress.tracing.tape import Info, ModuleCall, Op, Ref, Trace, map_tensors, refs_in
 
 
@@ -39,18 +44,19 @@ def trace(
     """Execute `model(*args, **kwargs)` once in eval mode without gradients and return its tape. Local.
 
     With `values`, every tensor of the run is kept in `Trace.values` (as it was at that point of the program), else only
-    those that do not depend on the inputs.
+    those that do not depend on the inputs. A model on the meta device gets its inputs there; what it reads of values
+    that no weight made is computed on the CPU.
     A module of which `leaves` is true runs unrecorded and is one op, whose target is a `ModuleCall`.
     Training flags, buffers, RNG state and the attention switches are as before when it returns.
     Raises UserError naming the module in which the model's own code failed, or a leaf that does more than compute
     its result from its arguments and its own parameters and buffers.
     """
     recorder = _Recorder(model, values, leaves)
-    recorder.add_inputs((args, kwargs or {}))
+    args, kwargs = recorder.add_inputs((tuple(args), dict(kwargs or {})))
     with untouched(model), _module_paths(recorder):
         try:
             with recorder:
-                result = model(*args, **(kwargs or {}))
+                result = model(*args, **kwargs)
         except UserError:
             raise
         except Exception as error:
@@ -61,6 +67,14 @@ def trace(
             )
             raise TraceError(text, recorder.failed or "") from error
         return recorder.finish(result)
+
+
+def current_ref(tensor: torch.Tensor) -> Ref | None:
+    """The newest value of `tensor` on the tape that is being recorded around this call; None if it is not on it."""
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, _Recorder) and mode.held.get(id(tensor)) is tensor:
+            return mode.current[id(tensor)]
+    return None
 
 
 @contextlib.contextmanager
@@ -131,6 +145,7 @@ class _Recorder(TorchDispatchMode):
         self.held: dict[int, torch.Tensor] = {}  # keeps the tensors alive, or ids would be reused
         self.storages: dict[int, list[int]] = {}  # storage -> ids of the tensors that share it
         self.stale: dict[int, torch.Tensor] = {}  # id(tensor) -> the other tensor through which it was written to
+        self.on_meta = any(parameter.is_meta for parameter in model.parameters())
         self._add_state(model)
 
     def _add_state(self, model: nn.Module) -> None:
@@ -144,10 +159,20 @@ class _Recorder(TorchDispatchMode):
             for tensor, fqns in owners.values():
                 self._new(tensor, kind, fqn=fqns[0], all_fqns=tuple(fqns))
 
-    def add_inputs(self, tree: Any) -> None:
-        for leaf in tree_leaves(tree):
-            if isinstance(leaf, torch.Tensor) and id(leaf) not in self.current:
-                self.trace.inputs.append(self._new(leaf, "input", dependent=True))
+    def add_inputs(self, tree: Any) -> Any:
+        """Records the tensors of `tree` and returns it, on the meta device when the model is."""
+        moved: dict[int, torch.Tensor] = {}
+
+        def add(leaf: torch.Tensor) -> torch.Tensor:
+            if id(leaf) not in moved:
+                moved[id(leaf)] = leaf.to("meta") if self.on_meta else leaf
+                ref = self._new(moved[id(leaf)], "input", dependent=True)
+                self.trace.inputs.append(ref)
+                if moved[id(leaf)] is not leaf:
+                    self.trace.values[ref.id] = leaf
+            return moved[id(leaf)]
+
+        return tree_map_only(torch.Tensor, add, tree)
 
     def finish(self, result: Any) -> Trace:
         leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
@@ -224,6 +249,9 @@ class _Recorder(TorchDispatchMode):
             and isinstance(kwargs.get(argument.name), torch.Tensor)
         ]
         self._before_write(written)
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            value = known(self.trace, call_args[0])
+            args = args if value is None else (value,)
         result = func(*args, **kwargs)
         inputs = tuple(refs_in((call_args, call_kwargs)))
         dependent = any(self.trace.tensors[ref.id].dependent for ref in inputs)
