@@ -1,7 +1,8 @@
 """A plan is tried on a copy: python code that holds a size of its own (a literal in a view, an offset) shows there.
 
 The tape of the shrunk copy has to be the recorded one with the kept sizes: the same ops, every output of the shape
-that was planned, every number of a pointwise op as it was. Where values are known, they have to agree as well.
+that was planned, every number of a pointwise op as it was, and what moves elements has to move the kept ones alike.
+Where values are known, they have to agree as well.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from torch import nn
 
 from dist_compress.speedup.apply import apply
 from dist_compress.speedup.capture import Capture
+from dist_compress.speedup.contraction import Matmul
 from dist_compress.speedup.elementwise import Pointwise
 from dist_compress.speedup.keep import Keep
 from dist_compress.speedup.plan import Plan
 from dist_compress.speedup.rules import rule_of
+from dist_compress.speedup.same_moves import moves_alike
 from dist_compress.speedup.structure import Structure
 from dist_compress.speedup.verify import verify
 from dist_compress.tracing import Op, Ref, Trace, TraceError, trace
@@ -58,6 +61,10 @@ def _first_difference(again: Trace, s: Structure, keep: Keep, skipped: set[str])
     """The module of the first op that is not the recorded one at the kept sizes; ops inside `skipped` may be any."""
     sizes = {var: int(kept.sum()) for var, kept in keep.kept.items()}
     planned = {key: tuple(sizes[v] for v in s.dims(Ref(key))) for key in s.known()}
+
+    def kept(ref: Ref) -> list[torch.Tensor]:
+        return [keep.kept[v].nonzero().flatten() for v in s.dims(ref)]
+
     for op, new in zip_longest(_outside(s.trace.tape, skipped), _outside(again.tape, skipped)):
         if op is None or new is None:
             return (op or new or s.trace.tape[-1]).module
@@ -66,7 +73,9 @@ def _first_difference(again: Trace, s: Structure, keep: Keep, skipped: set[str])
         for a, b in zip(op.outputs, new.outputs, strict=True):
             if a is not None and b is not None and a.id in planned and again.info(b).shape != planned[a.id]:
                 return op.module
-        if isinstance(rule_of(op), Pointwise) and _numbers(op) != _numbers(new):
+        if isinstance(rule_of(op), (Pointwise, Matmul)) and _numbers(op) != _numbers(new):
+            return op.module
+        if not moves_alike(op, new, s.trace, again, kept):
             return op.module
     return None
 

@@ -1,3 +1,5 @@
+"""Mask, plan, apply and compare, in float32 and in float64, on new inputs of two batch sizes."""
+
 import copy
 
 import pytest
@@ -6,6 +8,8 @@ from torch import nn
 
 from dist_compress import speedup
 from dist_compress.speedup import apply, verify
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 def _randomise(model):
@@ -30,6 +34,11 @@ def _zero(model, slices):
             model.get_parameter(fqn).index_fill_(dim, torch.tensor(index), 0.0)
 
 
+def _cast(inputs, dtype):
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    return tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+
+
 @pytest.fixture
 def randomise():
     return _randomise
@@ -37,18 +46,28 @@ def randomise():
 
 @pytest.fixture
 def shrink():
-    """shrink(model, input, slices) zeroes, plans and applies; returns (small model, plan), checked on new inputs."""
+    """shrink(model, inputs, slices) -> (small model, plan) in float32; the model it is given ends masked.
 
-    def run(model, x, slices, tolerance=1e-5, make_input=None):
+    inputs: an example tensor with the batch first, or a function of the batch size that returns a tensor or the tuple
+    of arguments. A plan is made at batch 1, for each dtype, and what it shrinks is compared at batch 1 and 3.
+    """
+
+    def run(model, inputs, slices, make_input=None, **settings):
         torch.manual_seed(0)
-        _randomise(model)
-        _zero(model, slices)
-        plan = speedup.plan(model, (x,))
-        small = apply(copy.deepcopy(model), plan)
-        for batch in (x.shape[0], x.shape[0] + 2):
-            new = make_input(batch) if make_input else torch.randn(batch, *x.shape[1:])
-            with torch.no_grad():
-                assert verify(model(new), small(new)) <= tolerance
+        make = make_input or (inputs if callable(inputs) else lambda batch: torch.randn(batch, *inputs.shape[1:]))
+        _zero(_randomise(model), slices)
+        plans = []
+        for dtype, tolerance in TOLERANCES.items():
+            masked = copy.deepcopy(model).to(dtype)
+            plan = speedup.plan(masked, _cast(make(1), dtype), **settings)
+            small = apply(copy.deepcopy(masked), plan)
+            for batch in (1, 3):
+                new = _cast(make(batch), dtype)
+                with torch.no_grad():
+                    assert verify(masked(*copy.deepcopy(new)), small(*new)) <= tolerance
+            plans.append(plan)
+        kept = [{(f, d): i.tolist() for f, dims in p.keep.items() for d, i in dims.items()} for p in plans]
+        assert kept[0] == kept[1], "the plan depends on the dtype"
         return small, plan
 
     return run

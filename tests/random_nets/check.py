@@ -1,0 +1,93 @@
+"""The law on one random model: masked and shrunk are the same function, and nothing masked stays without need."""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import dataclass
+
+import torch
+
+from dist_compress import speedup
+from dist_compress.speedup import apply, verify
+from random_nets.drawing import draw
+from random_nets.masks import mask_groups, mask_slices
+from random_nets.net import BATCH
+
+TOLERANCE = 1e-9
+STYLES = ("slices", "slices", "groups")
+
+
+class Broken(AssertionError):
+    """A random model on which a law does not hold; the message names the seed."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What happened to one model."""
+
+    style: str  # slices | groups
+    before: int  # parameters
+    after: int
+    masked: int  # slices or units that were zeroed on purpose and could go: 0 says that there was nothing to do
+    error: float
+
+
+def check(seed: int) -> Outcome:
+    """Draw, mask, plan, apply and compare on new inputs; raises Broken naming the seed and what is wrong."""
+    try:
+        return _check(seed)
+    except Exception as error:
+        raise Broken(f"check({seed}): {type(error).__name__}: {error}") from error
+
+
+def _check(seed: int) -> Outcome:
+    b, new_input = draw(seed)
+    rng = random.Random(f"masks of {seed}")
+    net, x = b.net, new_input(BATCH)
+    style = rng.choice(STYLES)
+    masked, coupling = {}, None
+    if style == "groups":
+        coupling = speedup.coupling(net, (x,))
+        masked = mask_groups(net, coupling, rng)
+    else:
+        mask_slices(b, rng)
+    state = copy.deepcopy(net.state_dict())
+    plan = speedup.plan(net, (x,))
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items()), "the plan changed the model"
+    small = apply(copy.deepcopy(net), plan)
+    errors = [0.0]
+    for batch in (1, BATCH + 1):
+        new = new_input(batch)
+        with torch.no_grad():
+            expected = net(new.clone())
+            assert all(bool(t.isfinite().all()) for t in expected), "the masked model is not finite"
+            errors.append(verify(expected, small(new.clone())))
+    assert max(errors) <= TOLERANCE, f"masked and shrunk differ by {max(errors):.1e}"
+    if coupling is not None:
+        _all_gone(masked, coupling, plan)
+    small.train()(new_input(BATCH + 1))
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (net, small)]
+    return Outcome(style, *sizes, sum(map(len, masked.values())), max(errors))
+
+
+def _all_gone(masked: dict[int, torch.Tensor], coupling: speedup.coupling, plan: speedup.Plan) -> None:
+    """Every unit of a free group that was masked is out of every parameter of the group."""
+    for i, units in masked.items():
+        for member in coupling.groups[i].members:
+            kept = plan.keep.get(member.fqn, {}).get(member.dim)
+            left = member.index[units] if kept is None else kept[torch.isin(kept, member.index[units])]
+            assert not len(left), f"group {coupling.groups[i].name} keeps {left.tolist()} of {member.fqn}"
+
+
+def describe(seed: int) -> str:
+    """The program of a model, a step a line, to see what `check(seed)` ran."""
+    b, _ = draw(seed)
+    names = {id(layer): f"layers.{i} {layer}" for i, layer in enumerate(b.net.layers)}
+    lines = [f"input {b.values[0].dtype} {b.sizes(0)}"]
+    value = 1
+    for step, sources in b.net.program:
+        text = names.get(id(step)) or getattr(step, "__name__", repr(step))
+        lines.append(f"{value} = {text} of {', '.join(map(str, sources))} -> {b.sizes(value)}")
+        value += 2 if getattr(getattr(step, "func", None), "__name__", "") in ("chunk", "halves") else 1
+    return "\n".join([*lines, f"returns {b.net.returned}"])
