@@ -52,7 +52,7 @@ def trace(
     its result from its arguments and its own parameters and buffers.
     """
     recorder = _Recorder(model, values, leaves)
-    args, kwargs = recorder.add_inputs((tuple(args), dict(kwargs or {})))
+    args, kwargs = recorder.add_inputs(tuple(args)), recorder.add_inputs(dict(kwargs or {}))
     with untouched(model), _module_paths(recorder):
         try:
             with recorder:
@@ -145,6 +145,7 @@ class _Recorder(TorchDispatchMode):
         self.held: dict[int, torch.Tensor] = {}  # keeps the tensors alive, or ids would be reused
         self.storages: dict[int, list[int]] = {}  # storage -> ids of the tensors that share it
         self.stale: dict[int, torch.Tensor] = {}  # id(tensor) -> the other tensor through which it was written to
+        self.given: dict[int, torch.Tensor] = {}  # id(argument) -> what the model gets for it
         self.on_meta = any(parameter.is_meta for parameter in model.parameters())
         self._add_state(model)
 
@@ -161,16 +162,16 @@ class _Recorder(TorchDispatchMode):
 
     def add_inputs(self, tree: Any) -> Any:
         """Records the tensors of `tree` and returns it, on the meta device when the model is."""
-        moved: dict[int, torch.Tensor] = {}
 
         def add(leaf: torch.Tensor) -> torch.Tensor:
-            if id(leaf) not in moved:
-                moved[id(leaf)] = leaf.to("meta") if self.on_meta else leaf
-                ref = self._new(moved[id(leaf)], "input", dependent=True)
+            if id(leaf) not in self.given:
+                moved = leaf.to("meta") if self.on_meta else leaf
+                self.given[id(leaf)] = moved
+                ref = self._new(moved, "input", dependent=True)
                 self.trace.inputs.append(ref)
-                if moved[id(leaf)] is not leaf:
+                if moved is not leaf:
                     self.trace.values[ref.id] = leaf
-            return moved[id(leaf)]
+            return self.given[id(leaf)]
 
         return tree_map_only(torch.Tensor, add, tree)
 
