@@ -88,7 +88,7 @@ class Convolution(Rule):
         if len(op.inputs) > 2:
             s.same(do[1], s.dims(op.inputs[2])[0])
             s.role(op.inputs[2], 0, "producer")
-        s.contractions.append(Contraction(op, x, w, dx[1], factors, 1, groups))
+        s.contractions.append(Contraction(op, x, w, dx[1], factors, 1, groups, contracted_dim=1))
 
     def _link_groups(self, op: Op, s: Structure, num_groups: int, transposed: bool) -> tuple[int, tuple[int, ...]]:
         x, w, out = s.dims(op.inputs[0])[1], s.dims(op.inputs[1]), s.dims(op.out)[1]

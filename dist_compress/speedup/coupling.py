@@ -270,7 +270,9 @@ def _costs(s: Structure, groups: list[tuple[UnitGroup, dict[int, torch.Tensor]]]
         weight, _ = behind(s.trace, made_by, c.b)
         owner = s.trace.info(weight).fqn.rpartition(".")[0] if weight is not None else c.op.module
         out = s.trace.info(c.op.out).shape
-        if c.op.name == "convolution":
+        if c.macs is not None:
+            macs = c.macs
+        elif c.op.name == "convolution":
             kernel = torch.Size(s.trace.info(c.b).shape[1:]).numel()
             positions = s.trace.info(c.a).shape if c.op.arg("transposed") else out
             macs = torch.Size(positions).numel() * kernel

@@ -53,21 +53,17 @@ def close_constants(s: Structure, facts: Facts, keep: Keep, model: nn.Module) ->
 def _constants(c: Contraction, facts: Facts) -> torch.Tensor:
     """Positions of the contracted dim that hold a constant other than zero: bool [n], or [1] for all alike."""
     found = facts.constants(c.a)
-    dim = _contracted_dim(c) % found.dim()
+    dim = c.contracted_dim % found.dim()
     return sets.any_over(found, [d for d in range(found.dim()) if d != dim]).flatten()
-
-
-def _contracted_dim(c: Contraction) -> int:
-    return 1 if c.op.name == "convolution" else -1
 
 
 def _contribution(c: Contraction, s: Structure, facts: Facts, keep: Keep) -> torch.Tensor | None:
     """What the removed constants add to the kept outputs, float64; None when their values are not known."""
     a, b = facts.value(c.a), facts.value(c.b)
-    if a is None or b is None:
+    if a is None or b is None or c.equation == "":
         return None
     removed = (~keep.kept[c.contracted]).nonzero().flatten().to(a.device)
-    dim = _contracted_dim(c)
+    dim = c.contracted_dim
     only = torch.zeros_like(a, dtype=torch.float64)
     only.index_copy_(dim % a.dim(), removed, a.index_select(dim, removed).double())
     only = torch.where(facts.tainted(c.a).to(a.device), 0.0, only)  # tainted and removed: nothing sees it
@@ -75,6 +71,8 @@ def _contribution(c: Contraction, s: Structure, facts: Facts, keep: Keep) -> tor
         names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
         settings = [c.op.arg(name) for name in names]
         total = torch.ops.aten.convolution(only, b.double(), None, *settings)
+    elif c.equation is not None:
+        total = torch.einsum(c.equation, only, b.double())
     else:
         total = only @ b.double()
     out_var = s.dims(c.op.out)[c.result_dim]

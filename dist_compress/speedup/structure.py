@@ -8,7 +8,7 @@ views that merge or split dims are `Box`es, and dims that cannot shrink are pinn
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -51,6 +51,9 @@ class Contraction:
     factors: tuple[int, ...]  # variables whose sizes multiply to its MACs (others are fixed)
     result_dim: int  # dim of its output that the weight makes
     groups: int | None = None  # variable of the groups of a grouped convolution
+    contracted_dim: int = -1  # the dim of `a` that is summed over
+    equation: str | None = None  # einsum of another op than convolution and matmul; "" where it is none
+    macs: int | None = None  # of the traced call; None: of a convolution or matmul, from its shapes
 
 
 @dataclass
@@ -68,6 +71,7 @@ class Structure:
     roles: dict[tuple[int, int], str] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
     whole_groups: dict[int, int] = field(default_factory=dict)  # GroupNorm weight ref id -> variable of its groups
+    zeros_only: list[tuple[Ref, int]] = field(default_factory=list)  # dims of which only zero slices may go (sums)
     _dims: dict[int, list[int]] = field(default_factory=dict)
 
     def new(self, size: int) -> int:
@@ -131,14 +135,11 @@ class Structure:
             Box(tuple(map(self.find, x.a)), tuple(map(self.find, x.b)), x.reason, x.source) for x in self.boxes
         ]
         self.contractions = [
-            Contraction(
-                c.op,
-                c.a,
-                c.b,
-                self.find(c.contracted),
-                tuple(map(self.find, c.factors)),
-                c.result_dim,
-                None if c.groups is None else self.find(c.groups),
+            replace(
+                c,
+                contracted=self.find(c.contracted),
+                factors=tuple(map(self.find, c.factors)),
+                groups=None if c.groups is None else self.find(c.groups),
             )
             for c in self.contractions
         ]
