@@ -132,12 +132,21 @@ class Keep:
             self.grow(var, vector.expand(s.sizes[var]), "is summed over and not zero")
 
     def _keep_unreached(self, facts: Facts) -> None:
-        """Dims that only weights have, and that no constraint ties to data, stay whole."""
+        """What no constraint ties to data stays: dims that only weights have, rows of a table beyond this input."""
         s = self.structure
         reached = {var for key in s.known() if facts.dependent(Ref(key)) for var in s.dims(Ref(key))}
         for var in self.kept:
-            if var not in reached and var not in self._constraints:
-                self.grow(var, torch.ones(s.sizes[var], dtype=torch.bool), "is not computed with the input")
+            if var in reached:
+                continue
+            unread = torch.ones(s.sizes[var], dtype=torch.bool)
+            for constraint in self._constraints.get(var, ()):
+                if isinstance(constraint, Box):
+                    unread[:] = False
+                    break
+                for side, index in ((constraint.a, constraint.index_a), (constraint.b, constraint.index_b)):
+                    if side == var:
+                        unread[index] = False
+            self.grow(var, unread, "is not computed with the input")
 
     def grow(self, var: int, vector: torch.Tensor, why: str) -> None:
         """Keep the positions of `vector` too."""
