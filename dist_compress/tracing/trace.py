@@ -52,11 +52,11 @@ def trace(
     its result from its arguments and its own parameters and buffers.
     """
     recorder = _Recorder(model, values, leaves)
-    args, kwargs = recorder.add_inputs(tuple(args)), recorder.add_inputs(dict(kwargs or {}))
+    given_args, given_kwargs = recorder.add_inputs(tuple(args)), recorder.add_inputs(dict(kwargs or {}))
     with untouched(model), _module_paths(recorder):
         try:
             with recorder:
-                result = model(*args, **kwargs)
+                result = model(*given_args, **given_kwargs)
         except UserError:
             raise
         except Exception as error:
