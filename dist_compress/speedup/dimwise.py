@@ -31,7 +31,7 @@ class Dimwise(Rule):
         own = s.dims(x)
         special = self.special(op, len(own))
         for d in special:
-            s.pin(own[d], self.why, op)
+            self.link_special(own[d], d, op, s)
         for out in op.outputs:
             if out is None:
                 continue
@@ -45,6 +45,9 @@ class Dimwise(Rule):
                 s.pin(dims[place], self.why, op)
         for ref in op.inputs[1:]:
             self.link_affine(ref, op, s)
+
+    def link_special(self, var: int, d: int, op: Op, s: Structure) -> None:
+        s.pin(var, self.why, op)
 
     def link_affine(self, ref: Ref, op: Op, s: Structure) -> None:
         s.pin_all(ref, self.why, op)
@@ -228,6 +231,17 @@ class Reduction(Dimwise):
 
     def nonzero(self, op: Op, f) -> list[torch.Tensor]:
         return self._over_special(op, f) if op.name in _ZERO_OF_ZEROS else super().nonzero(op, f)
+
+
+class Sum(Reduction):
+    """Slices of zeros add nothing, so they may go from the dims that are summed over; norms of order > 0 likewise."""
+
+    def link_special(self, var: int, d: int, op: Op, s: Structure) -> None:
+        order = op.arg("ord", op.arg("p", 2))
+        if order is None or isinstance(order, int | float) and order > 0:
+            s.zeros_only.append((op.inputs[0], d))
+        else:
+            super().link_special(var, d, op, s)
 
 
 class Softmax(Dimwise):

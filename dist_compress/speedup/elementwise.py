@@ -94,11 +94,48 @@ class Fill(Pointwise):
         return op.inputs[1:] or None
 
 
+class New(Rule):
+    """x.new_zeros(size): the type of x, none of its values or sizes."""
+
+    makes_zeros = True
+
+    def link(self, op: Op, s: Structure) -> None:
+        s.pin_all(op.out, "creates a tensor of a fixed size", op)
+
+    def taint(self, op: Op, f) -> list[torch.Tensor]:
+        return [sets.uniform(rank(op.out, f), False)]
+
+    def nonzero(self, op: Op, f) -> list[torch.Tensor]:
+        return [sets.uniform(rank(op.out, f), op.name not in ("new_zeros", "new_empty"))]
+
+    def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
+        return ()
+
+
 class Choice(Pointwise):
     """where, masked_fill: zero wherever both choices are, whatever chooses."""
 
     def taint(self, op: Op, f) -> list[torch.Tensor]:
         return [t & n for t, n in zip(super().taint(op, f), self.nonzero(op, f), strict=True)]
+
+
+class Quotient(Pointwise):
+    """a / b: zero where a is, whatever b is."""
+
+    def taint(self, op: Op, f) -> list[torch.Tensor]:
+        if len(op.inputs) != 2:
+            return super().taint(op, f)
+        a, b = op.inputs
+        total = f.tainted(a) | (f.nonzero(a) & f.tainted(b))
+        return [pad(total, rank(ref, f)) for ref in op.outputs]
+
+    def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
+        if len(op.inputs) != 2:
+            yield from super().live(op, f, seen)
+            return
+        a, b = op.inputs
+        yield a, sets.fit(union(seen), f.shape(a))
+        yield b, sets.fit(union(seen) & f.nonzero(a), f.shape(b))
 
 
 class Product(Pointwise):

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from dist_compress.speedup import sets
-from dist_compress.speedup.constants import constant
 from dist_compress.speedup.rule import Rule, Seen, rank, union
 from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import Op, Ref, Trace
+from dist_compress.tracing.constants import constant
 from dist_compress.tracing.tape import map_tensors
 
 
@@ -177,14 +177,15 @@ class Move(Rule):
     """Everything else that only moves elements of its first tensor."""
 
     indexed = False  # reads positions by an index that python holds
+    unknown = Rule()  # where the positions are not known
 
     def maps(self, op: Op, shape: tuple[int, ...], constants: dict[int, torch.Tensor]) -> list[DimMap | None]:
         return coordinates(op, op.inputs[0], shape, constants)
 
     def link(self, op: Op, s: Structure) -> None:
-        constants = self._constants(op, s.trace)
+        constants = self.constants(op, s.trace)
         if constants is None:
-            return Rule.link(self, op, s)
+            return self.unknown.link(op, s)
         shape = s.trace.info(op.inputs[0]).shape
         for position, dim_map in enumerate(self.maps(op, shape, constants)):
             out = op.outputs[position]
@@ -202,13 +203,13 @@ class Move(Rule):
 
     def taint(self, op: Op, f) -> list[torch.Tensor]:
         moved = self._moved(op, f, f.tainted(op.inputs[0]))
-        return super().taint(op, f) if moved is None else moved
+        return self.unknown.taint(op, f) if moved is None else moved
 
     def nonzero(self, op: Op, f) -> list[torch.Tensor]:
         moved = self._moved(op, f, f.nonzero(op.inputs[0]))
-        return super().nonzero(op, f) if moved is None else moved
+        return self.unknown.nonzero(op, f) if moved is None else moved
 
-    def _constants(self, op: Op, trace: Trace) -> dict[int, torch.Tensor] | None:
+    def constants(self, op: Op, trace: Trace) -> dict[int, torch.Tensor] | None:
         """The values of the further tensors (indices), None when they are not known."""
         found = {ref.id: constant(trace, ref) for ref in op.inputs[1:]}
         known = {key: value for key, value in found.items() if value is not None}
@@ -216,7 +217,7 @@ class Move(Rule):
 
     def _moved(self, op: Op, f, s: torch.Tensor) -> list[torch.Tensor] | None:
         """A set of the first input, as a set of each output; None when it is not known what goes where."""
-        shape, constants = f.shape(op.inputs[0]), self._constants(op, f.trace)
+        shape, constants = f.shape(op.inputs[0]), self.constants(op, f.trace)
         if constants is None:
             return None
         if s.numel() == 1 and type(self) is not Pad:
@@ -230,9 +231,9 @@ class Move(Rule):
         return [sets.compress(flat[e.clamp(min=0)] & (e >= 0)) for e in elements]
 
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
-        source, constants = op.inputs[0], self._constants(op, f.trace)
+        source, constants = op.inputs[0], self.constants(op, f.trace)
         if constants is None:
-            yield from super().live(op, f, seen)
+            yield from self.unknown.live(op, f, seen)
             return
         shape = f.shape(source)
         maps = self.maps(op, shape, constants)
@@ -254,6 +255,9 @@ class Index(Move):
     """Reads a dim through an index that a buffer or python holds: the dim cannot be renumbered."""
 
     indexed = True
+
+    def __init__(self, unknown: Rule):
+        self.unknown = unknown
 
 
 class Pad(Move):
@@ -298,6 +302,7 @@ class Cat(Rule):
             for d, var in enumerate(own):
                 if d != axis:
                     s.same(dims[d], var)
+                    s.role(ref, d, "added")
             index = torch.arange(size)
             s.link(own[axis], index, dims[axis], index + offset)
 

@@ -1,0 +1,129 @@
+"""Rules of ops that index by data, transform or contract: masked == shrunk by value, with the shapes that result."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dist_compress import speedup
+
+
+class Between(nn.Module):
+    """first -> an op on [batch, 5, 8] -> last: what the op lets pass, the plan removes from both layers."""
+
+    def __init__(self, fn, width=8, weight=None):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8, bias=False), nn.Linear(width, 3)
+        self.index = nn.Linear(6, 1)
+        if weight is not None:
+            self.weight = nn.Parameter(torch.randn(weight))
+        self.fn = fn
+
+    def forward(self, x):
+        return self.last(self.fn(self, self.first(x), self.index(x).squeeze(-1)))
+
+
+def order(score):
+    return score.argsort(1)
+
+
+def expand(index, x):
+    return index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+
+
+def scattered(m, x, score):
+    return torch.zeros_like(x).scatter(1, expand(order(score), x), x)
+
+
+def put(m, x, score):
+    y = x * 0
+    y[torch.arange(x.shape[0]).unsqueeze(1), order(score)[:, :3]] = x[:, :3]
+    return y
+
+
+def added(m, x, score):
+    return x.flatten(0, 1).index_add(0, order(score).flatten(), x.flatten(0, 1) * 2).view(x.shape)
+
+
+PASSING = {
+    "gather": lambda m, x, score: x.gather(1, expand(order(score), x)),
+    "take_along_dim": lambda m, x, score: torch.take_along_dim(x, order(score).unsqueeze(-1), 1),
+    "index": lambda m, x, score: x[torch.arange(x.shape[0]).unsqueeze(1), order(score)],
+    "mask": lambda m, x, score: x[score > 0].sum(0),
+    "index_select": lambda m, x, score: x.index_select(1, order(score)[0]),
+    "index_add": added,
+    "index_put": put,
+    "scatter": scattered,
+    "scatter_add": lambda m, x, score: x.scatter_add(1, expand(order(score), x), x * 2),
+    "masked_scatter": lambda m, x, score: x.masked_scatter((score > 0).unsqueeze(-1).expand_as(x), x * 2),
+    "fft": lambda m, x, score: torch.fft.fft(x, dim=1).real,
+    "complex": lambda m, x, score: torch.view_as_complex(torch.stack([x, x * 2], -1)).abs(),
+    "triu": lambda m, x, score: x.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, 5).triu().sum(-1).transpose(1, 2),
+    "sum": lambda m, x, score: x * x.sum(-1, keepdim=True),
+    "norm": lambda m, x, score: F.normalize(x, dim=-1),
+    "mv": lambda m, x, score: x * torch.mv(m.weight[0], x[0, 0]),
+    "cumsum, topk": lambda m, x, score: x.cumsum(1).topk(2, 1).values,
+    "grid_sample": lambda m, x, score: F.grid_sample(
+        x.transpose(1, 2).unsqueeze(-1), torch.tanh(score)[:, :, None, None].expand(-1, -1, 1, 2), align_corners=False
+    ).squeeze(-1).transpose(1, 2),
+    "fold": lambda m, x, score: F.fold(
+        F.unfold(x.transpose(1, 2).unsqueeze(-1), (3, 1), padding=(1, 0)).relu(), (5, 1), (3, 1), padding=(1, 0)
+    ).squeeze(-1).transpose(1, 2),
+    "cdist": lambda m, x, score: x * torch.cdist(score.unsqueeze(-1), score.unsqueeze(-1)).mean((1, 2))[:, None, None],
+}  # fmt: skip
+
+
+def make(batch):
+    return torch.randn(batch, 5, 6)
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_dims_that_an_op_lets_pass_shrink(name, shrink):
+    model = Between(PASSING[name], weight=(2, 8, 8))
+    small, plan = shrink(model, make, {"first.weight": [1, 6]})
+    assert small.first.weight.shape == (6, 6) and small.last.weight.shape == (3, 6), plan.blocked
+
+
+def test_a_slice_that_data_addresses_stays(shrink):
+    def along(m, x, score):
+        return x.gather(2, (score > 0).long().unsqueeze(-1).expand_as(x)) + x.sort(-1).values
+
+    small, plan = shrink(Between(along), make, {"first.weight": [1, 6]})
+    assert small.first.weight.shape == (8, 6) and plan.blocked[0].fqn == "first.weight"
+
+
+def test_a_sum_keeps_slices_that_are_constant(shrink):
+    small, _ = shrink(Between(lambda m, x, score: x * x.exp().sum(-1, keepdim=True)), make, {"first.weight": [1, 6]})
+    assert small.first.weight.shape == (8, 6)
+
+
+class Experts(nn.Module):
+    """A mixture of experts as grouped matmuls: rows sorted by an expert that data chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(2, 8, 16))
+        self.down = nn.Parameter(torch.randn(2, 16, 8))
+
+    def forward(self, m, x, score):
+        rows, expert = x.flatten(0, 1), (score.flatten() > 0).long()
+        where = expert.argsort(stable=True)
+        ends = torch.stack([(expert <= e).sum() for e in (0, 1)]).int()
+        hidden = F.silu(F.grouped_mm(rows[where], self.up, offs=ends))
+        made = F.grouped_mm(hidden, self.down, offs=ends)
+        return torch.zeros_like(rows).index_add(0, where, made).view(x.shape)
+
+
+def test_experts_of_grouped_matmuls_shrink():
+    torch.manual_seed(0)
+    model = Between(None)
+    model.fn = Experts()
+    with torch.no_grad():
+        model.fn.up[..., [0, 3, 5, 7]] = 0
+    plan = speedup.plan(model, (make(2),))
+    small = speedup.apply(copy.deepcopy(model), plan)
+    assert small.fn.up.shape == (2, 8, 12) and small.fn.down.shape == (2, 12, 8), plan.blocked
+    x = make(3)
+    assert speedup.verify(model(x), small(x)) < 1e-5
