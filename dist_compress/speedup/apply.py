@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dist_compress.errors import UserError
+from dist_compress.speedup.graph_forward import install, programs
 from dist_compress.speedup.modules import exchange, replacement_of
 from dist_compress.speedup.plan import Plan
 
@@ -32,6 +33,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     for _, swap in swaps:
         replacement_of(swap)
     config = _config(model, plan)
+    graphs = programs(model, plan)
     new: dict[int, torch.Tensor] = {}
     for fqn, dims in plan.keep.items():
         if id(old[fqn]) not in new:
@@ -48,6 +50,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         exchange(module, swap)
     for name, value in plan.config.items():
         setattr(config, name, value)
+    install(model, plan, graphs)
     return model
 
 

@@ -48,7 +48,9 @@ class GraphRewrite:
 
     inputs: tuple[tuple[Any, ...], dict[str, Any]]  # nests of tensors and plain values
     structure: str  # hash of the recorded nodes: apply refuses another graph
-    rewrites: dict[str, dict[str, int | float]]  # node name -> argument path ("1.2": args[1][2]) -> new value
+    # node name -> argument path ("1.2" is args[1][2]) -> new value
+    rewrites: dict[str, dict[str, int | float | str | list[int]]]
+    calls: tuple[str, ...] = ()  # fqns of modules inside that are recorded as one call, with their own code
 
 
 @dataclass
@@ -76,7 +78,8 @@ class Plan:
             digest.update(f"{fqn}:{self.bias[fqn].double().tolist()}".encode())
         for fqn in sorted(self.graphs):
             graph = self.graphs[fqn]
-            digest.update(f"{fqn}:{graph.structure}:{json.dumps(graph.rewrites, sort_keys=True)}".encode())
+            changes = json.dumps(graph.rewrites, sort_keys=True)
+            digest.update(f"{fqn}:{graph.structure}:{graph.calls}:{changes}".encode())
         return int.from_bytes(digest.digest()[:8], "big") >> 1
 
     def save(self, folder: str | Path) -> None:
@@ -87,6 +90,7 @@ class Plan:
             fqn: {
                 "inputs": encode(graph.inputs, f"graphs/{fqn}", tensors),
                 "structure": graph.structure,
+                "calls": list(graph.calls),
                 "rewrites": graph.rewrites,
             }
             for fqn, graph in self.graphs.items()
@@ -171,7 +175,9 @@ def _decode_plan(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> P
             for fqn, of in content["resized"].items()
         },
         graphs={
-            fqn: GraphRewrite(_decode(graph["inputs"], tensors), graph["structure"], graph["rewrites"])
+            fqn: GraphRewrite(
+                _decode(graph["inputs"], tensors), graph["structure"], graph["rewrites"], tuple(graph["calls"])
+            )
             for fqn, graph in content["graphs"].items()
         },
         config=content["config"],
