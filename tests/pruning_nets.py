@@ -128,7 +128,6 @@ def train(pruner: Pruner, model: nn.Module, projection: Projection, steps: range
             micro = r * size + rank
             live = micro < NUM_MICRO
             x, y = micro_batch(step, micro if live else 0)
-            pruner.loss(step, {}, None)
             optimizer.zero_grad()
             (nn.functional.cross_entropy(model(x), y, reduction="sum") / (4 * NUM_MICRO)).backward()
             rows.append(torch.cat([p.grad.flatten() for p in parameters]))

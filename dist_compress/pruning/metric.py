@@ -39,19 +39,27 @@ class Metric:
     """The base of every metric. Scores are local: each unit set is scored by one rank, elements by their
     owner."""
 
-    data_driven = False  # True: gradients are wanted, and at least one step before the first decision
+    data_driven = False  # True: training is heard, so at least one step is needed before the first decision
+    hears = "gates"  # what a data-driven metric hears: "gates" (pruning/gates.py) or "outputs" (pruning/outputs.py)
+    wants_gradients = False  # of "outputs", too
 
     def __init__(self, options: Any) -> None:
         self.options = options
 
     def missing(self, elements: bool) -> list[str]:
         """Which methods the subclass lacks to score single weights (`elements`) or units."""
-        needed = ["element_scores"] if elements else ["unit_scores"] + ["gate_statistic"] * self.data_driven
+        heard = ["gate_statistic"] + ["output_statistic"] * (self.hears == "outputs")
+        needed = ["element_scores"] if elements else ["unit_scores"] + heard * self.data_driven
         return [name for name in needed if getattr(type(self), name) is getattr(Metric, name)]
 
     def gate_statistic(self, gate: torch.Tensor) -> torch.Tensor:
-        """What one micro-batch adds to the statistic: float64 [num_units] from dL/dgate, float64
-        [num_units]."""
+        """What one micro-batch adds to the statistic: float64 [num_units] from dL/dgate, float64 [num_units]; of a
+        metric that hears outputs from `output_statistic`, float64 [samples, num_units]."""
+        raise NotImplementedError
+
+    def output_statistic(self, output: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+        """float64 [samples, channels] from what a module put out, [samples, positions, channels], and the gradient of
+        the loss with respect to it (only with `wants_gradients`)."""
         raise NotImplementedError
 
     def unit_scores(self, view: View) -> torch.Tensor:

@@ -23,12 +23,15 @@ from dist_compress.pruning import results
 from dist_compress.pruning.config_list import Setting, resolve
 from dist_compress.pruning.elements import Elements, keep_gradients
 from dist_compress.pruning.gates import Gates
+from dist_compress.pruning.listener import Listener
 from dist_compress.pruning.metric import Metric, View, build_metric
+from dist_compress.pruning.outputs import Outputs
 from dist_compress.pruning.schedule import decisions
 from dist_compress.pruning.sparsity import Budget, Ranked, budget, share
 from dist_compress.pruning.units import collect
 
 Masks = dict[str, torch.Tensor]
+_LISTENERS: dict[str, type[Listener]] = {"gates": Gates, "outputs": Outputs}  # by `Metric.hears`
 
 
 def build(config: Config) -> list[Method]:
@@ -76,11 +79,19 @@ class Pruner(Method):
         # Each decision hears the steps since the one before it, the first as many, a single one those of an epoch.
         heard = later[0] - first if later else max(round(context.steps_per_epoch), 1)
         self.listen_from = max(first - heard, 0)
-        self.driven = [i for i, s in enumerate(self.sets) if self.scorers[s.targets[0]].data_driven]
-        self.gates: Gates | None = None
-        if self.driven:
-            used = [self.scorers[self.sets[i].targets[0]] for i in self.driven]
-            self.gates = Gates(model, [self.sets[i] for i in self.driven], used, context.num_micro)
+        self.driven: dict[str, list[int]] = {}  # by what is heard: numbers of sets
+        for i, s in enumerate(self.sets):
+            if self.scorers[s.targets[0]].data_driven:
+                self.driven.setdefault(self.scorers[s.targets[0]].hears, []).append(i)
+        self.listeners = {
+            heard: _LISTENERS[heard](
+                model,
+                [self.sets[i] for i in mine],
+                [self.scorers[self.sets[i].targets[0]] for i in mine],
+                context.num_micro,
+            )
+            for heard, mine in sorted(self.driven.items())
+        }
         self.grads: Masks = {}
 
     def _budgets(self) -> dict[str, Budget]:
@@ -96,14 +107,10 @@ class Pruner(Method):
     def change_steps(self) -> list[int]:
         return [t - 1 for t in self.schedule]
 
-    def loss(self, step: int, batch: dict[str, Any], output: Any) -> None:
-        """A new round begins: what a dummy round left behind is dropped."""
-        if self.gates is not None:
-            self.gates.forget()
-
     def after_backward(self, step: int, micro: int) -> None:
-        if self.gates is not None and self.gates.active and step >= self.listen_from:
-            self.gates.add(micro)
+        for listener in self.listeners.values():
+            if listener.active and step >= self.listen_from:
+                listener.add(micro)
 
     def before_step(self, step: int) -> None:
         if self.frozen is None and step + 1 in self.schedule and self.elements.groups:
@@ -121,9 +128,9 @@ class Pruner(Method):
         if self.elements.groups:
             self.elements.decide(fraction, self.scorers, self.context.projection.latent, self.grads)
             self.grads = {}
-        if self.gates is not None:
-            self.gates.statistic.reset()
-            self._close_gates_after(t)
+        for listener in self.listeners.values():
+            listener.statistic.reset()
+        self._close_listeners_after(t)
         mark = self._put_on(t)
         self.history.append((t, self.sparse_ratio(), mark))
 
@@ -148,7 +155,9 @@ class Pruner(Method):
 
     def _unit_scores(self) -> list[torch.Tensor]:
         """float32 [num_units] of each set, on the CPU, the same on every rank. Collective."""
-        means = dict(zip(self.driven, self.gates.means(), strict=True)) if self.gates is not None else {}
+        means: dict[int, torch.Tensor] = {}
+        for heard, listener in self.listeners.items():
+            means |= dict(zip(self.driven[heard], listener.means(), strict=True))
         sizes = [s.num_units for s in self.sets]
         device = next(self.context.model.parameters()).device
         flat = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
@@ -202,8 +211,8 @@ class Pruner(Method):
                 projection.remove(name, "mask")
                 projection.mask_grad(name, None)
         self.frozen = {name: mask.expand(model.get_parameter(name).shape) for name, mask in masks.items()}
-        if self.gates is not None:
-            self.gates.close()
+        for listener in self.listeners.values():
+            listener.close()
 
     def rebase(self, transform: Callable[[Masks], Masks]) -> None:
         """What stayed in the shrunk model masked (single weights, units that could not be removed) stays
@@ -247,7 +256,7 @@ class Pruner(Method):
         return {
             "units": torch.cat([none, *self.removed]),
             "elements": dict(self.elements.removed),
-            "statistic": self.gates.statistic.state_dict() if self.gates is not None else {},
+            "statistics": {heard: x.statistic.state_dict() for heard, x in self.listeners.items()},
             "history": history,
         }
 
@@ -268,19 +277,20 @@ class Pruner(Method):
             )
         self.removed = list(state["units"].cpu().split([len(r) for r in self.removed]))
         self.elements.removed = {n: e.to(self.elements.removed[n].device) for n, e in elements.items()}
-        if self.gates is not None:
-            self.gates.statistic.load_state_dict(state["statistic"])
+        for heard, listener in self.listeners.items():
+            listener.statistic.load_state_dict(state["statistics"][heard])
         if self.history:
             t, _, mark = self.history[-1]
-            self._close_gates_after(t)
+            self._close_listeners_after(t)
             if self._put_on(t) != mark:
                 raise RuntimeError(
                     f"The masks of the checkpoint (decided at step {t}) do not have its fingerprint {mark}."
                 )
 
-    def _close_gates_after(self, t: int) -> None:
-        if self.gates is not None and t == max(self.schedule):
-            self.gates.close()
+    def _close_listeners_after(self, t: int) -> None:
+        if t == max(self.schedule):
+            for listener in self.listeners.values():
+                listener.close()
 
 
 def _zeroing(gone: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -57,7 +57,7 @@ def test_a_users_own_method(own):
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("l3_norm", {}, "pruning.method='l3_norm': no such method. Available: l1_norm, l2_norm, taylor"),
+        ("l3_norm", {}, "pruning.method='l3_norm': no such method. Available: apoz, fpgm, group_fisher, l1_norm,"),
         ("my_pkg.none", {}, "pruning.method='my_pkg.none': cannot import"),
         ("my_pkg.two", {}, "must define one subclass of Metric, but has Mine, Other"),
         ("my_pkg.bare", {}, "has no dataclass `Options`"),

@@ -18,6 +18,16 @@ MIXED = [
     {"op_names": ["free", "head"], "granularity": "element", "global_group_id": 1, "method": "taylor"},
     {"op_names": ["depthwise"], "granularity": "element", "method": "l1_norm"},
 ]
+LISTENING = [
+    {"op_names": ["stem", "b"]},
+    {"op_names": ["a"], "method": "mean_activation"},
+    {"op_names": ["free"], "method": "taylor"},
+]
+DATA_FREE = [
+    {"op_names": ["stem", "b", "a"]},
+    {"op_names": ["free"], "method": "random"},
+    {"op_names": ["head"], "method": "random", "granularity": "element"},
+]
 AGP = {"name": "agp", "start": "1steps", "end": "7steps", "num_decisions": 4}
 
 
@@ -32,7 +42,15 @@ def pruned(entries, method, schedule=AGP, steps=8, **keys):
 
 @pytest.mark.parametrize(
     ("entries", "method", "compute"),
-    [(GLOBAL, "l1_norm", "macs"), (GLOBAL, "l2_norm", "params"), (GLOBAL, "taylor", "macs"), (MIXED, "taylor", "macs")],
+    [
+        (GLOBAL, "l1_norm", "macs"),
+        (GLOBAL, "l2_norm", "params"),
+        (GLOBAL, "taylor", "macs"),
+        (MIXED, "taylor", "macs"),
+        (GLOBAL, "group_fisher", "macs"),
+        (LISTENING, "apoz", "channels"),
+        (DATA_FREE, "fpgm", "channels"),
+    ],
 )
 def test_every_decision_is_the_same_at_any_number_of_ranks(ranks, entries, method, compute):
     history, weights = ranks(1, pruned, entries, method, AGP, 8)[0]
@@ -54,7 +72,7 @@ def local_only(entries):
             x, y = micro_batch(0, micro)
             torch.nn.functional.cross_entropy(model(x), y).backward()
             pruner.after_backward(0, micro)
-        means = pruner.gates.means()
+        means = pruner.listeners["gates"].means()
     finally:
         comm.ordered_sum = original
     return torch.cat(means)
@@ -74,7 +92,7 @@ def test_a_decision_does_not_hear_the_beginning_of_the_run(decisions, heard):
     pruner, model, projection = attach(config(GLOBAL, method="taylor", schedule=schedule), total_steps=8)
     first = min(pruner.schedule)
     train(pruner, model, projection, range(first - 1))
-    assert pruner.gates.statistic.count() == heard - 1  # and one more in the step that ends in the decision
+    assert pruner.listeners["gates"].statistic.count() == heard - 1  # and one more in the step that ends in the decision
 
 
 def test_negative_control_abs_before_the_sum_changes_the_mask():

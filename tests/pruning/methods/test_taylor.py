@@ -39,7 +39,6 @@ def test_gates_equal_the_gradient_of_a_real_gate():
             model.get_submodule(name).register_forward_hook(lambda m, i, o, g=gate: o * g[:, None, None])
             for name, gate in gates.items()
         ]
-        pruner.loss(0, {}, None)
         nn.functional.cross_entropy(model(x), y).backward()
         pruner.after_backward(0, micro)
         for hook in hooks:
@@ -48,7 +47,7 @@ def test_gates_equal_the_gradient_of_a_real_gate():
         expected["stem"] += (g["bn"] + g["bn_b"] + g["depthwise"]).square()
         expected["a"] += g["bn_a"].square()
         expected["free"] += g["free"].square()
-    means = pruner.gates.means()
+    means = pruner.listeners["gates"].means()
     for s, mean in zip(pruner.sets, means, strict=True):
         torch.testing.assert_close(mean.float(), expected[s.name] / NUM_MICRO, rtol=1e-4, atol=1e-9)
 
@@ -73,15 +72,13 @@ def test_dummy_rounds_touch_nothing_and_hooks_keep_nothing():
     pruner, model, _ = taylor_net([{"op_types": ["Conv2d"]}])
     x, y = micro_batch(0, 0)
     for _ in range(2):  # only the last backward before after_backward counts
-        pruner.loss(0, {}, None)
         loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
     alive = weakref.ref(loss)
     pruner.after_backward(0, 0)
-    once = pruner.gates.statistic.total().clone()
-    pruner.loss(0, {}, None)
+    once = pruner.listeners["gates"].statistic.total().clone()
     nn.functional.cross_entropy(model(x), y).backward()  # a dummy round: no after_backward
-    assert torch.equal(pruner.gates.statistic.total(), once) and once.any()
+    assert torch.equal(pruner.listeners["gates"].statistic.total(), once) and once.any()
     del loss
     gc.collect()
     assert alive() is None
@@ -89,10 +86,10 @@ def test_dummy_rounds_touch_nothing_and_hooks_keep_nothing():
     model.zero_grad(set_to_none=True)
     gc.collect()
     assert all(grad() is None for grad in grads)
-    held = sum(t.numel() for t in pruner.gates._latest.values())
+    held = sum(t.numel() for t in pruner.listeners["gates"].latest.values())
     assert held == 6 * 8 + 2 * 6 + 2 * 10  # three gates of the stream, one of a, weight and bias of free
-    pruner.loss(0, {}, None)
-    assert not pruner.gates._latest
+    model(x)  # the next round
+    assert not pruner.listeners["gates"].latest
 
 
 def test_hooks_go_after_the_last_decision_and_the_statistic_restarts():
@@ -100,9 +97,9 @@ def test_hooks_go_after_the_last_decision_and_the_statistic_restarts():
     schedule = {"name": "linear", "start": "1steps", "end": "3steps", "num_decisions": 2}
     pruner, model, projection = attach(config(entries, method="taylor", schedule=schedule))
     train(pruner, model, projection, range(2))
-    assert pruner.gates.statistic.count() == 1  # step 1 only: step 0 went into the first decision
+    assert pruner.listeners["gates"].statistic.count() == 1  # step 1 only: step 0 went into the first decision
     train(pruner, model, projection, range(2, 4))
-    assert not pruner.gates.active and [t for t, *_ in pruner.history] == [1, 3]
+    assert not pruner.listeners["gates"].active and [t for t, *_ in pruner.history] == [1, 3]
 
 
 def test_untrained_gates_are_refused():

@@ -1,0 +1,31 @@
+"""Random scores: the control that any other method has to beat.
+
+A score is a hash of the bits of the weights and of `seed`, so it is the same on every rank, at any number of ranks and
+however tensors are sharded. Equal weights have equal scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dist_compress.hashing import splitmix64, uniform
+from dist_compress.pruning.metric import Metric, View
+
+
+@dataclass
+class Options:
+    seed: int = 0
+
+
+class Random(Metric):
+    def unit_scores(self, view: View) -> torch.Tensor:
+        bits = torch.cat([_bits(weight) for weight in view.weights()], 1)
+        return uniform(splitmix64(bits + torch.arange(bits.shape[1], device=bits.device)).sum(1), self.options.seed)
+
+    def element_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+        return uniform(splitmix64(_bits(weight)), self.options.seed)
+
+
+def _bits(weight: torch.Tensor) -> torch.Tensor:
+    return weight.float().contiguous().view(torch.int32).long()
