@@ -92,7 +92,7 @@ def test_a_decision_does_not_hear_the_beginning_of_the_run(decisions, heard):
     pruner, model, projection = attach(config(GLOBAL, method="taylor", schedule=schedule), total_steps=8)
     first = min(pruner.schedule)
     train(pruner, model, projection, range(first - 1))
-    assert pruner.listeners["gates"].statistic.count() == heard - 1  # and one more in the step that ends in the decision
+    assert pruner.listeners["gates"].statistic.count() == heard - 1  # one more in the step of the decision
 
 
 def test_negative_control_abs_before_the_sum_changes_the_mask():
