@@ -6,6 +6,7 @@ the tape reads like a functional program. Ties are visible: a parameter register
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch._ops import OpOverload
+
+_NONE = object()
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,7 @@ class Op:
         """The ATen name without overload and without the in-place underscore: add_.Tensor is "add"."""
         if isinstance(self.target, ModuleCall):
             return self.target.name
-        name = self.target._schema.name.split("::")[1]
-        return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+        return _name(self.target)
 
     @property
     def out(self) -> Ref:
@@ -81,14 +83,25 @@ class Op:
         """The argument called `name` in the schema, or its schema default, or `default`; a module has no schema."""
         if isinstance(self.target, ModuleCall):
             return self.kwargs.get(name, default)
-        for position, argument in enumerate(self.target._schema.arguments):
-            if argument.name == name:
-                if name in self.kwargs:
-                    return self.kwargs[name]
-                if position < len(self.args):
-                    return self.args[position]
-                return argument.default_value if argument.has_default_value() else default
-        return default
+        if name in self.kwargs:
+            return self.kwargs[name]
+        position, value = _arguments(self.target).get(name, (len(self.args), _NONE))
+        if position < len(self.args):
+            return self.args[position]
+        return default if value is _NONE else value
+
+
+@functools.cache
+def _name(target: OpOverload) -> str:
+    name = target._schema.name.split("::")[1]
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+@functools.cache
+def _arguments(target: OpOverload) -> dict[str, tuple[int, Any]]:
+    """{argument name: (position, the schema's default, `_NONE` when there is none)}."""
+    arguments = enumerate(target._schema.arguments)
+    return {a.name: (i, a.default_value if a.has_default_value() else _NONE) for i, a in arguments}
 
 
 @dataclass

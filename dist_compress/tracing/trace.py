@@ -7,12 +7,14 @@ made them. Attention runs as its plain matmuls (no fused kernel, no fast path), 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
@@ -131,6 +133,18 @@ def _module_paths(recorder: _Recorder) -> Iterator[None]:
         nn.Module.__call__ = original
 
 
+@functools.cache
+def _writes(func: OpOverload) -> tuple[tuple[int, str], ...]:
+    """(position, name) of the arguments that an op writes to."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    found = [args[i] if i < len(args) else kwargs.get(name) for i, name in _writes(func)]
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module, values: bool, leaves: Callable[[nn.Module], bool] | None):
         super().__init__()
@@ -238,17 +252,7 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         call_args = map_tensors(tuple(args), self._ref)
         call_kwargs = map_tensors(kwargs, self._ref)
-        written = [
-            tensor
-            for argument, tensor in zip(func._schema.arguments, args, strict=False)
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(tensor, torch.Tensor)
-        ] + [
-            kwargs[argument.name]
-            for argument in func._schema.arguments
-            if argument.alias_info is not None
-            and argument.alias_info.is_write
-            and isinstance(kwargs.get(argument.name), torch.Tensor)
-        ]
+        written = _written(func, args, kwargs)
         self._before_write(written)
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             value = known(self.trace, call_args[0])
