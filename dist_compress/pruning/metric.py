@@ -29,6 +29,7 @@ class View:
     scored: tuple[Member, ...]  # the weight slices that belong to the targets
     latent: Callable[[str], torch.Tensor]  # parameter by name, uncompressed
     statistic: torch.Tensor | None = None  # float64 [num_units]: mean of `gate_statistic` since the last decision
+    scales: tuple[Member, ...] = ()  # weights of the norms behind the units
 
     def weights(self) -> list[torch.Tensor]:
         """For each scored weight, [num_units, elements of a unit]: its slices, flattened."""
@@ -52,6 +53,9 @@ class Metric:
         needed = ["element_scores"] if elements else ["unit_scores"] + heard * self.data_driven
         return [name for name in needed if getattr(type(self), name) is getattr(Metric, name)]
 
+    def check(self, view: View) -> None:
+        """Raise UserError when these units cannot be scored. Called once, before training."""
+
     def gate_statistic(self, gate: torch.Tensor) -> torch.Tensor:
         """What one micro-batch adds to the statistic: float64 [num_units] from dL/dgate, float64 [num_units]; of a
         metric that hears outputs from `output_statistic`, float64 [samples, num_units]."""
@@ -65,6 +69,10 @@ class Metric:
     def unit_scores(self, view: View) -> torch.Tensor:
         """float64 [num_units]."""
         raise NotImplementedError
+
+    def edit_gradients(self, view: View, grad: Callable[[str], torch.Tensor | None]) -> None:
+        """Add to the reduced gradients, by parameter name, before each optimizer step until the last decision. The
+        same on every rank. For penalties that a method adds to the loss."""
 
     def element_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
         """float [n] from a run of n weights and, when data-driven, their reduced gradient."""

@@ -64,6 +64,8 @@ class Pruner(Method):
                 "are coupled with; pruning=none trains without."
             )
         self.removed = [torch.zeros(s.num_units, dtype=torch.bool) for s in self.sets]
+        for i, s in enumerate(self.sets):
+            self.scorers[s.targets[0]].check(self._view(i))
         self.budgets = self._budgets()
         for group in self.budgets.values():
             group.target(1.0)
@@ -113,6 +115,9 @@ class Pruner(Method):
                 listener.add(micro)
 
     def before_step(self, step: int) -> None:
+        if self.frozen is None and step < max(self.schedule):
+            for i, s in enumerate(self.sets):
+                self.scorers[s.targets[0]].edit_gradients(self._view(i), self._gradient)
         if self.frozen is None and step + 1 in self.schedule and self.elements.groups:
             self.grads = keep_gradients(self.elements, self.context.model)
 
@@ -163,8 +168,7 @@ class Pruner(Method):
         flat = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         for i, (s, out) in enumerate(zip(self.sets, flat.split(sizes), strict=True)):
             if i % comm.world_size() == comm.rank():
-                view = View(s.num_units, s.scored, self.context.projection.latent, means.get(i))
-                out.copy_(self.scorers[s.targets[0]].unit_scores(view))
+                out.copy_(self.scorers[s.targets[0]].unit_scores(self._view(i, means.get(i))))
         scores = comm.all_reduce(flat).float().cpu().split(sizes)
         for s, values in zip(self.sets, scores, strict=True):
             if values.isnan().any():
@@ -173,6 +177,14 @@ class Pruner(Method):
                     "Its weights or gradients have diverged; lower optim.lr or prune later."
                 )
         return list(scores)
+
+    def _view(self, i: int, statistic: torch.Tensor | None = None) -> View:
+        s = self.sets[i]
+        scales = tuple(m for m in s.masked if m.role == "affine" and m.fqn.endswith("weight"))
+        return View(s.num_units, s.scored, self.context.projection.latent, statistic, scales)
+
+    def _gradient(self, name: str) -> torch.Tensor | None:
+        return self.context.model.get_parameter(name).grad
 
     def masks(self) -> Masks:
         """{parameter: bool, True = keep, broadcastable to it} of every parameter that may be masked."""

@@ -1,4 +1,4 @@
-"""Squares of the gradients of shared gates, sample by sample, against a float64 run of the same net that keeps all it needs."""
+"""Squares of the gradients of shared gates, sample by sample, against a float64 run that keeps all it needs."""
 
 from pruning_nets import check_heard
 
