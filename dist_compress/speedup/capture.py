@@ -12,9 +12,10 @@ from torch import nn
 
 from dist_compress.errors import UserError
 from dist_compress.speedup.keep import build
+from dist_compress.speedup.norms import norm_leaves
 from dist_compress.speedup.settings import Settings
 from dist_compress.speedup.structure import Structure
-from dist_compress.tracing import Trace, trace
+from dist_compress.tracing import ModuleCall, Op, Trace, trace
 
 
 class Capture:
@@ -31,7 +32,7 @@ class Capture:
     @cached_property
     def trace(self) -> Trace:
         """The tape of one run."""
-        return trace(self.model, self.args, self.kwargs)
+        return self._trace(self.model)
 
     @cached_property
     def structure(self) -> Structure:
@@ -40,7 +41,7 @@ class Capture:
 
     def structure_of(self, model: nn.Module) -> Structure:
         """`structure` over a tape that holds all values of `model`: the captured one, or a copy with other weights."""
-        again = trace(model, self.args, self.kwargs, values=True)
+        again = self._trace(model, values=True)
         if "structure" in vars(self) and _same_program(again, self.trace):
             return replace(self.structure, trace=again)
         return build(again, model, self.args, self.kwargs, self.settings)  # first use, or code that looks at weights
@@ -49,8 +50,12 @@ class Capture:
         """The values of a run of a copy with other weights, {} when it is not the captured program or has none."""
         if any(parameter.is_meta for parameter in model.parameters()):
             return {}
-        again = trace(model, self.args, self.kwargs, values=True)
+        again = self._trace(model, values=True)
         return again.values if _same_program(again, self.trace) else {}
+
+    def _trace(self, model: nn.Module, values: bool = False) -> Trace:
+        leaves = norm_leaves(model) if self.settings.norm != "keep" else None
+        return trace(model, self.args, self.kwargs, values, leaves)
 
 
 def capture(
@@ -90,4 +95,10 @@ def _same_program(a: Trace, b: Trace) -> bool:
     """Whether two runs made the same calls on tensors of the same shapes."""
     if len(a.tape) != len(b.tape) or len(a.tensors) != len(b.tensors):
         return False
-    return all(x == y for x, y in zip(a.tape, b.tape, strict=True)) and a.tensors == b.tensors
+    return all(_same_call(x, y) for x, y in zip(a.tape, b.tape, strict=True)) and a.tensors == b.tensors
+
+
+def _same_call(a: Op, b: Op) -> bool:
+    if isinstance(a.target, ModuleCall) and isinstance(b.target, ModuleCall):
+        b = replace(b, target=a.target)  # the module of a copy
+    return a == b

@@ -9,7 +9,7 @@ import torch
 from dist_compress.speedup import sets
 from dist_compress.speedup.rule import Rule, Seen, rank, union
 from dist_compress.speedup.structure import Structure
-from dist_compress.tracing import Op, Ref
+from dist_compress.tracing import Op, Ref, Trace
 from dist_compress.tracing.tape import map_tensors
 
 
@@ -110,6 +110,29 @@ class New(Rule):
 
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
         return ()
+
+
+class Restride(Pointwise):
+    """as_strided of the mean over an image that lies channels-last: the same elements. Of anything else a barrier."""
+
+    unknown = Rule()
+
+    def link(self, op: Op, s: Structure) -> None:
+        (super() if self._is_same(op, s.trace) else self.unknown).link(op, s)
+
+    def taint(self, op: Op, f) -> list[torch.Tensor]:
+        return (super() if self._is_same(op, f.trace) else self.unknown).taint(op, f)
+
+    def nonzero(self, op: Op, f) -> list[torch.Tensor]:
+        return [f.nonzero(op.inputs[0])] if self._is_same(op, f.trace) else self.unknown.nonzero(op, f)
+
+    def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
+        return (super() if self._is_same(op, f.trace) else self.unknown).live(op, f, seen)
+
+    def _is_same(self, op: Op, trace: Trace) -> bool:
+        maker = next((o for o in trace.tape if op.inputs[0] in o.outputs), None)
+        shape = trace.info(op.inputs[0]).shape
+        return maker is not None and maker.name == "mean" and shape == trace.info(op.out).shape and shape[2:] == (1, 1)
 
 
 class Choice(Pointwise):

@@ -6,6 +6,7 @@ Every plan is rehearsed. What the module of python code that holds a size of its
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,14 +18,17 @@ from dist_compress.speedup.attributes import attributes
 from dist_compress.speedup.capture import Capture, captured
 from dist_compress.speedup.facts import Facts
 from dist_compress.speedup.fold import close_constants
+from dist_compress.speedup.graph_fallback import Fallback
 from dist_compress.speedup.keep import Keep, pin_modules
 from dist_compress.speedup.masking import Masks, check_masks, masked
+from dist_compress.speedup.norms import NormModule
 from dist_compress.speedup.plan import Blocked, Plan
 from dist_compress.speedup.propagation import propagate
 from dist_compress.speedup.rehearsal import rehearse
+from dist_compress.speedup.rules import rule_of
 from dist_compress.speedup.settings import Settings
 from dist_compress.speedup.structure import Structure
-from dist_compress.speedup.swaps import nested_encoders, swaps
+from dist_compress.speedup.swaps import narrow, nested_encoders, swaps
 from dist_compress.tracing import Ref
 
 
@@ -66,16 +70,25 @@ def solve(given: Capture, model: nn.Module, s: Structure, facts: Facts, round_to
     `model`: the captured one, or a copy with other weights, whose output the shrunk one must give.
     """
     banned: set[str] = set()
+    compare = facts.masks is None
+    fallback = Fallback(model, s, (given.args, given.kwargs), compare)
     while True:
         keep = Keep(s, facts, pin_modules(s, banned), round_to)
         bias = close_constants(s, facts, keep, model)
         made = _extract(s, facts, keep, model, bias)
         if not made.keep:
             return made
-        failed = rehearse(given, model, made, s, keep, compare=facts.masks is None)
+        made.graphs = fallback.rewrites(made, keep)
+        failed = rehearse(given, model, made, s, keep, compare)
+        if failed is None and not fallback.holds_at_another_batch(made):
+            continue
+        if failed is None and s.settings.norm == "plain":
+            made = replace(made, swaps=narrow(made.swaps))
+            failed = rehearse(given, model, made, s, keep, compare=False)
         if failed is None:
             return made
-        banned |= _culprit(failed, banned, s, keep, model)
+        culprits = _culprit(failed, banned, s, keep, model)
+        banned |= culprits - fallback.choose(culprits, made, keep)
 
 
 def _extract(s: Structure, facts: Facts, keep: Keep, model: nn.Module, bias: dict[str, torch.Tensor]) -> Plan:
@@ -92,9 +105,21 @@ def _extract(s: Structure, facts: Facts, keep: Keep, model: nn.Module, bias: dic
     kept = {fqn: kept[fqn] for names in named for fqn, _ in names if fqn in kept}
     shapes = {fqn: s.trace.info(Ref(key)).shape for key in s.known() for fqn in s.trace.info(Ref(key)).all_fqns}
     shapes = {fqn: shapes[fqn] for fqn in kept}
-    exchanged = swaps(model, kept)
+    exchanged = swaps(model, kept, _normalised(s, keep))
     attrs = attributes(s, keep, model) | nested_encoders(model, exchanged)
     return Plan(kept, attrs, bias, _blocked(s, facts, keep), shapes, exchanged)
+
+
+def _normalised(s: Structure, keep: Keep) -> dict[str, int]:
+    """{fqn of a leaf norm whose normalised dim shrinks: its kept positions}."""
+    found = {}
+    for op in s.trace.tape:
+        rule = rule_of(op)
+        if isinstance(rule, NormModule) and op.inputs[0].id in s.known():
+            kept = keep.kept[s.dims(op.inputs[0])[rule.formula.axis]]
+            if not bool(kept.all()):
+                found[op.module] = int(kept.sum())
+    return found
 
 
 def _blocked(s: Structure, facts: Facts, keep: Keep) -> list[Blocked]:

@@ -19,12 +19,15 @@ from dist_compress.speedup.capture import Capture
 from dist_compress.speedup.contraction import Matmul
 from dist_compress.speedup.elementwise import Pointwise
 from dist_compress.speedup.keep import Keep
+from dist_compress.speedup.movement import View
 from dist_compress.speedup.plan import Plan
 from dist_compress.speedup.rules import rule_of
 from dist_compress.speedup.same_moves import moves_alike
 from dist_compress.speedup.structure import Structure
 from dist_compress.speedup.verify import verify
-from dist_compress.tracing import Op, Ref, Trace, TraceError, trace
+from dist_compress.tracing import ModuleCall, Op, Ref, Trace, TraceError, trace
+
+_COPIES = ("clone", "contiguous", "alias", "detach")
 
 
 def rehearse(given: Capture, model: nn.Module, plan: Plan, s: Structure, keep: Keep, compare: bool) -> str | None:
@@ -39,12 +42,16 @@ def rehearse(given: Capture, model: nn.Module, plan: Plan, s: Structure, keep: K
         again = trace(small, given.args, given.kwargs)
     except TraceError as error:
         return error.module
-    failed = _first_difference(again, s, keep, _other_programs(plan, model))
+    leaves = {op.module for op in recorded.tape if isinstance(op.target, ModuleCall)}
+    failed = _first_difference(again, s, keep, _other_programs(plan, model) | leaves)
     if failed is not None:
         return failed
     if not compare:
         return None
-    tolerance = max(_tolerance(info.dtype) for info in map(recorded.info, recorded.outputs))
+    dtypes = {recorded.info(ref).dtype for ref in recorded.outputs}
+    if any(swap.settings.get("single") for swap in plan.swaps.values()):
+        dtypes.add(torch.float32)  # norms that compute in it, whatever the model's type is
+    tolerance = max(map(_tolerance, dtypes))
     if verify(recorded.result, again.result) <= tolerance:
         return None
     return _first_call_apart(recorded, trace(small, given.args, given.kwargs, values=True), s, keep, tolerance)
@@ -68,21 +75,24 @@ def _first_difference(again: Trace, s: Structure, keep: Keep, skipped: set[str])
     for op, new in zip_longest(_outside(s.trace.tape, skipped), _outside(again.tape, skipped)):
         if op is None or new is None:
             return (op or new or s.trace.tape[-1]).module
-        if op.target != new.target or len(op.outputs) != len(new.outputs):
+        both_views = isinstance(rule_of(op), View) and isinstance(rule_of(new), View)
+        if not both_views and (op.target != new.target or len(op.outputs) != len(new.outputs)):
             return op.module
         for a, b in zip(op.outputs, new.outputs, strict=True):
             if a is not None and b is not None and a.id in planned and again.info(b).shape != planned[a.id]:
                 return op.module
         if isinstance(rule_of(op), (Pointwise, Matmul)) and _numbers(op) != _numbers(new):
             return op.module
-        if not moves_alike(op, new, s.trace, again, kept):
+        known = all(ref is None or ref.id in planned for ref in (*op.inputs[:1], *op.outputs))
+        if known and not moves_alike(op, new, s.trace, again, kept):
             return op.module
     return None
 
 
 def _outside(tape: list[Op], modules: set[str]) -> list[Op]:
+    """What ran outside of `modules`, without copies: whether a reshape copies depends on the sizes."""
     inside = tuple(f"{module}." for module in modules)
-    return [op for op in tape if not f"{op.module}.".startswith(inside)] if modules else tape
+    return [op for op in tape if op.name not in _COPIES and not (inside and f"{op.module}.".startswith(inside))]
 
 
 def _numbers(op: Op) -> list[Any]:

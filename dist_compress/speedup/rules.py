@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dist_compress.speedup import bilinear, contraction, dimwise, elementwise, indexing, movement, named, norms
+from dist_compress.speedup import bilinear, contraction, custom, dimwise, elementwise, indexing, movement, named, norms
+from dist_compress.speedup.probe import Probed
 from dist_compress.speedup.rule import Rule
 from dist_compress.tracing import ModuleCall, Op
 
@@ -15,6 +16,7 @@ _NAMES: dict[Rule, str] = {
     "resolve_conj resolve_neg _conj _neg_view",
     elementwise.Choice(): "masked_fill where",
     elementwise.New(): "new_zeros new_ones new_full new_empty",
+    elementwise.Restride(): "as_strided",
     elementwise.Product(): "mul",
     elementwise.Quotient(): "div",
     elementwise.Copy(): "copy",
@@ -61,11 +63,14 @@ _NAMES: dict[Rule, str] = {
     named.Unfold(): "im2col col2im",
 }
 _RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
-_POINTWISE, _BARRIER = elementwise.Pointwise(), Rule()
+_POINTWISE, _BARRIER, _UNKNOWN = elementwise.Pointwise(), Rule(), Probed()
 
 
 def rule_of(op: Op) -> Rule:
     """The rule of an op; ops over two tensors that share a name with a reduction (max, min) are pointwise."""
+    own = custom.rule_for(op)
+    if own is not None:
+        return own
     if isinstance(op.target, ModuleCall):
         formula = norms.formula_of(op.target.module)
         return _BARRIER if formula is None else norms.NormModule(formula)
@@ -76,4 +81,4 @@ def rule_of(op: Op) -> Rule:
         return _BARRIER
     if op.name in _RULES:
         return _RULES[op.name]
-    return _POINTWISE if torch.Tag.pointwise in op.target.tags else _BARRIER
+    return _POINTWISE if torch.Tag.pointwise in op.target.tags else _UNKNOWN

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 import torch
 from torch import nn
 
 from dist_compress.speedup.modules.attention import attention_settings
+from dist_compress.speedup.norms import formula_of
 from dist_compress.speedup.plan import Swap
-from dist_compress.tracing import Op, Trace
 
 Kept = Mapping[str, Mapping[int, torch.Tensor]]
 
@@ -19,9 +20,12 @@ def is_attention(module: nn.Module) -> bool:
     return type(module) is nn.MultiheadAttention
 
 
-def swaps(model: nn.Module, kept: Kept) -> dict[str, Swap]:
-    """{module fqn: what it becomes} for a model that keeps `kept` of its tensors ({fqn: {dim: indices}})."""
-    found: dict[str, Swap] = {}
+def swaps(model: nn.Module, kept: Kept, normalised: Mapping[str, int]) -> dict[str, Swap]:
+    """{module fqn: what it becomes} for a model that keeps `kept` of its tensors ({fqn: {dim: indices}}).
+
+    normalised {fqn of a norm: kept positions of the dim that it normalises}, as far as they are fewer.
+    """
+    found = {name: _norm(model.get_submodule(name), left) for name, left in normalised.items()}
     owners = {fqn.rpartition(".")[0] for fqn in kept} | {fqn.rpartition(".")[0].rpartition(".")[0] for fqn in kept}
     for name, module in model.named_modules(remove_duplicate=False):
         if name in owners and is_attention(module):
@@ -38,6 +42,20 @@ def nested_encoders(model: nn.Module, found: Mapping[str, Swap]) -> dict[str, in
         and getattr(module, "use_nested_tensor", False)
         and any(swap.startswith(f"{name}.".lstrip(".")) for swap in found)
     }
+
+
+def narrow(found: Mapping[str, Swap]) -> dict[str, Swap]:
+    """The same, with norms that divide by their new width instead of the old one."""
+    return {
+        name: Swap("narrow_norm", {"kept": swap.settings["kept"]}) if swap.name == "exact_norm" else swap
+        for name, swap in found.items()
+    }
+
+
+def _norm(module: nn.Module, left: int) -> Swap:
+    formula = formula_of(module)
+    assert formula is not None, "only norms are leaves that shrink"
+    return Swap("exact_norm", {"kept": left, **asdict(formula)})
 
 
 def _attention(name: str, module: nn.MultiheadAttention, kept: Kept) -> dict[str, int | float | bool]:

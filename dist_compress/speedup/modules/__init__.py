@@ -6,9 +6,10 @@ from torch import nn
 
 from dist_compress.errors import UserError
 from dist_compress.speedup.modules.attention import SlimAttention
+from dist_compress.speedup.modules.norm import ExactNorm, NarrowNorm
 from dist_compress.speedup.plan import Swap
 
-REPLACEMENTS = {"slim_attention": SlimAttention}
+REPLACEMENTS = {"slim_attention": SlimAttention, "exact_norm": ExactNorm, "narrow_norm": NarrowNorm}
 
 
 def exchange(module: nn.Module, swap: Swap) -> None:
