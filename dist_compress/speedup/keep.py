@@ -101,6 +101,8 @@ class Keep:
         for box in s.boxes:
             for var in {*box.a, *box.b}:
                 self._constraints[var].append(box)
+        params = [Ref(key) for key in s.known() if s.trace.info(Ref(key)).kind == "param"]
+        self._of_weights = sorted({var for ref in params for var in s.dims(ref)})
         self._queue: deque[Link | Box] = deque()
         self._seed(facts)
         for var, why in {**extra_pins, **s.pins}.items():
@@ -160,7 +162,7 @@ class Keep:
             self._queue.extend(self._constraints[var])
 
     def close(self) -> None:
-        """Run to the fixpoint; a variable of which nothing is kept keeps its first position."""
+        """Run to the fixpoint, with kept counts of weights rounded; of nothing the first position is kept."""
         self._drain()
         for var, kept in self.kept.items():
             if len(kept) and not bool(kept.any()):
@@ -168,6 +170,20 @@ class Keep:
                 first[0] = True
                 self.grow(var, first, "is the last slice left of its dim")
                 self._drain()
+        while self.round_to > 1 and any([self._round(var) for var in self._of_weights]):
+            pass  # what one dim grew by may have grown another
+
+    def _round(self, var: int) -> bool:
+        """Keep dead positions of a dim, the first ones, until the kept count is a multiple or the size."""
+        kept, grown = self.kept[var], False
+        while (missing := min(-int(kept.sum()) % self.round_to, int((~kept).sum()))) > 0:
+            count = 1 if self._constraints[var] else missing  # one brings more where dims are split or joined
+            more = torch.zeros_like(kept)
+            more[(~kept).nonzero().flatten()[:count]] = True
+            self.grow(var, more, f"rounds its dim up to a multiple of {self.round_to}")
+            self._drain()
+            grown = True
+        return grown
 
     def _drain(self) -> None:
         while self._queue:
