@@ -6,7 +6,7 @@ others pass, a Fourier transform mixes along its own dims, a bilinear op sums ov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -117,3 +117,11 @@ def project(
         if name not in order:
             s = s.unsqueeze(d)
     return s
+
+
+def take(tensor: torch.Tensor, dims: Sequence[str | None], kept: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The slices `kept` {name: index}; a dim of size 1 is broadcast and stays."""
+    for d, name in enumerate(dims):
+        if name is not None and name in kept and tensor.size(d) > 1:
+            tensor = tensor.index_select(d, kept[name])
+    return tensor

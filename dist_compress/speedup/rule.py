@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
+from torch import nn
 
 from dist_compress.speedup import sets
 from dist_compress.speedup.facts import Facts
@@ -22,6 +23,11 @@ class Rule:
     """
 
     makes_zeros = False  # from inputs without any
+    user = False  # registered by the user
+    # Of rules of module classes. resize(module, keep): repair what `apply` does not slice; replace(module, keep): the
+    # module to put in its place. keep: {"input0" | "output0" | parameter name: {dim: kept index}}, of what shrinks.
+    resize: Callable[[nn.Module, Mapping[str, Mapping[int, torch.Tensor]]], None] | None = None
+    replace: Callable[[nn.Module, Mapping[str, Mapping[int, torch.Tensor]]], nn.Module] | None = None
 
     def link(self, op: Op, s: Structure) -> None:
         why = "has no rule and keeps everything it touches" if op.inputs else "creates a tensor of a fixed size"

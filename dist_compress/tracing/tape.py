@@ -37,11 +37,17 @@ class Info:
     dependent: bool = False  # computed from an input of the model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModuleCall:
-    """The target of a leaf module's one op: calling it calls the module."""
+    """The target of a leaf module's one op: calling it calls the module. Equal for modules of one class."""
 
     module: nn.Module
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModuleCall) and type(other.module) is type(self.module)
+
+    def __hash__(self) -> int:
+        return hash(type(self.module))
 
     @property
     def name(self) -> str:
