@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class GraphBuilder:
         self.ints: list[TracedInt] = []
         self.lifted: dict[str, str] = {}
         self.opaque_outputs: list[str] = []
+        self._training: Node | None = None
 
     def add_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Placeholders named as in `forward`. Returns the arguments to run with, in which ints are traced."""
@@ -83,6 +85,36 @@ class GraphBuilder:
             for key, item in items:
                 if has_tensor(item):
                     self.bind(item, self.graph.call_function(operator.getitem, (node, key)))
+
+    @contextmanager
+    def traced_attributes(self) -> Iterator[None]:
+        """Inside, the integers of the modules whose code is recorded know the node that reads them."""
+        originals: list[tuple[dict[str, Any], str, int]] = []
+        for owner, module in self.model.named_modules():
+            if self.is_leaf(module) or isinstance(module, GraphModule):
+                continue
+            for name, value in list(vars(module).items()):
+                if type(value) is int and not name.startswith("_"):
+                    target = f"{owner}.{name}".lstrip(".")
+                    self.attributes[target] = value
+                    originals.append((vars(module), name, value))
+                    vars(module)[name] = TracedInt(value, self.graph.create_node("get_attr", target), self.ints)
+        try:
+            yield
+        finally:
+            for attributes, name, value in originals:
+                attributes[name] = value
+
+    def is_leaf(self, module: nn.Module) -> bool:
+        """A module that is one node."""
+        raise NotImplementedError
+
+    def training_flag(self) -> Node:
+        """The node that reads whether the graph module is in training mode."""
+        if self._training is None:
+            self.attributes["training"] = self.model.training
+            self._training = self.graph.create_node("get_attr", "training")
+        return self._training
 
     def is_known(self, tensor: torch.Tensor) -> bool:
         entry = self.known.get(id(tensor))

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import TensorWeakRef
 
 from dist_compress.errors import UserError
+from dist_compress.tracing.blame import blame
 from dist_compress.tracing.graph_builder import GraphBuilder, has_tensor
 from dist_compress.tracing.trace import untouched
 from dist_compress.tracing.traced_int import TracedInt
@@ -54,8 +55,10 @@ def concrete_trace(
 
     The graph takes the same arguments under the names of `forward`, returns the same structure, and shares the
     parameters, buffers and torch.nn modules of `model` under their names. It runs at other batch sizes unless
-    the program itself fixed one. A module of which `leaves` is true is one `call_module` node, like those of torch.nn.
-    Modes, buffers, random state and arguments are left as they were. `meta` has
+    the program itself fixed one. The integers of the model's own modules are `get_attr` nodes, so a replay uses what
+    they are then; functional dropout follows the training mode. A module of which `leaves` is true is one
+    `call_module` node, like those of torch.nn. Modes, buffers, random state and arguments are left as they were.
+    `meta` has
         "specialised"     [Specialised]: what `.item()`, `bool(tensor)`, `tolist()` and the like read
         "lifted"          {attribute: module fqn}: tensors and objects that are no input, parameter or buffer
         "opaque_outputs"  [attribute]: outputs that are neither tensor nor nest (caches): the recorded objects
@@ -68,7 +71,7 @@ def concrete_trace(
     run_args, run_kwargs = recorder.add_inputs(*arguments)
     try:
         with _lock, untouched(model), torch.set_grad_enabled(grad_enabled):
-            with watching(recorder), _Dispatch(recorder), _Functions(recorder):
+            with watching(recorder), recorder.traced_attributes(), _Dispatch(recorder), _Functions(recorder):
                 output = model(*run_args, **run_kwargs)
         graph_module = recorder.finish(output)
         graph_module.meta["specialised"] = recorder.specialised
@@ -76,9 +79,10 @@ def concrete_trace(
     except UserError:
         raise
     except Exception as error:
+        where = blame(error, recorder.failed or type(model).__name__, recorder.failed_op)
         raise UserError(
-            f"concrete_trace: the model failed in module {recorder.failed or type(model).__name__!r}: "
-            f"{type(error).__name__}: {error}. Check the example inputs against the model's forward."
+            f"concrete_trace: the model failed in {where}. Check the example inputs against the model's forward, and "
+            "that the model runs on them in evaluation mode."
         ) from error
     finally:
         recorder.close()
@@ -100,22 +104,28 @@ class _Recorder(GraphBuilder):
 
     def __init__(self, model: nn.Module, leaves: Callable[[nn.Module], bool] | None) -> None:
         super().__init__(model)
-        self.is_leaf = leaves or (lambda module: False)
+        self.leaves = leaves
         self.specialised: list[Specialised] = []
         self.grad_switches: list[tuple[bool, Node]] = []  # (grad mode before, the swap that left it)
         self.thread = threading.get_ident()
         self.depth = 0  # above 0: inside something that is recorded as a whole
         self.failed: str | None = None  # innermost module that raised
+        self.failed_op: str | None = None  # innermost torch function that raised
 
     def active(self) -> bool:
         return self.depth == 0 and threading.get_ident() == self.thread
+
+    def is_leaf(self, module: nn.Module) -> bool:
+        if module is self.model:
+            return False
+        return _is_leaf(module) or (self.leaves is not None and self.leaves(module))
 
     def on_module(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not self.active():
             return call(module, *args, **kwargs)
         self.path.append(self.modules.get(id(module), self.path[-1]))
         try:
-            if module is self.model or not (_is_leaf(module) or self.is_leaf(module)):
+            if not self.is_leaf(module):
                 return call(module, *args, **kwargs)
             name = self._module_name(module)
             return self._record("call_module", name, lambda: call(module, *args, **kwargs), args, kwargs)
@@ -165,10 +175,16 @@ class _Recorder(GraphBuilder):
         with self._whole():
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
             versions = [_version(t) for t in tensors]
-            result = run()
+            try:
+                result = run()
+            except Exception:
+                self.failed_op = self.failed_op or name or str(target)
+                raise
             impure = impure or versions != [_version(t) for t in tensors]
             impure = impure or (result is None and bool(tensors) and target is not getattr)
             if impure or has_tensor(result):
+                if "dropout" in name and kwargs.get("training") is False:
+                    kwargs = kwargs | {"training": self.training_flag()}
                 node = self.add(op, target, args, kwargs, impure)
                 self.bind(result, node)
                 if type(result) is int:

@@ -45,7 +45,7 @@ def test_the_cifar_nets(name):
     assert graph.get_parameter("layer1.0.conv1.weight") is model.layer1[0].conv1.weight
     assert set(graph.state_dict()) == set(model.state_dict())
     kinds = {node.op for node in graph.graph.nodes}
-    assert kinds == {"placeholder", "call_module", "call_function", "call_method", "output"}
+    assert kinds == {"placeholder", "get_attr", "call_module", "call_function", "call_method", "output"}
 
 
 TORCHVISION = (
