@@ -210,7 +210,9 @@ class Move(Rule):
         return self.unknown.nonzero(op, f) if moved is None else moved
 
     def constants(self, op: Op, trace: Trace) -> dict[int, torch.Tensor] | None:
-        """The values of the further tensors (indices), None when they are not known."""
+        """The values of the further tensors (indices); None when they are not known, or where nothing moves."""
+        if any(0 in trace.info(ref).shape for ref in (op.inputs[0], *op.outputs) if ref is not None):
+            return None
         found = {ref.id: constant(trace, ref) for ref in op.inputs[1:]}
         known = {key: value for key, value in found.items() if value is not None}
         return known if len(known) == len(found) else None
