@@ -80,8 +80,8 @@ class Elements:
             shards = []
             for tensor in tensors:
                 start, end = owned_slice(tensor.num)
-                weight = latent(tensor.name).flatten()[start:end]
-                scores = metrics[tensor.setting.module].element_scores(weight, grads.get(tensor.name)).float()
+                weight = latent(tensor.name).flatten()[start:end, None]
+                scores = metrics[tensor.setting.module].block_scores(weight, grads.get(tensor.name)).float()
                 scores = scores.masked_fill(self.removed[tensor.name][start:end], -torch.inf)
                 shards.append(Shard(tensor.setting.module, tensor.base + start, scores, tensor.cost))
             target, bounds = _target(tensors, fraction)
@@ -132,6 +132,6 @@ def keep_gradients(elements: Elements, model: nn.Module) -> dict[str, torch.Tens
     for tensor in elements.tensors():
         start, end = owned_slice(tensor.num)
         grad = model.get_parameter(tensor.name).grad
-        flat = torch.zeros(end - start) if grad is None else grad.detach().flatten()[start:end].clone()
+        flat = torch.zeros(end - start, 1) if grad is None else grad.detach().flatten()[start:end, None].clone()
         grads[tensor.name] = flat.to(elements.removed[tensor.name].device)
     return grads

@@ -1,4 +1,4 @@
-"""What a pruning method has to say: one number for each unit or element, higher = keep. Nothing about when or
+"""What a pruning method has to say: one number for each unit or block, higher = keep. Nothing about when or
 where.
 
 A method file holds a dataclass `Options` and one subclass of `Metric`; the pruner does the rest:
@@ -37,9 +37,10 @@ class View:
 
 
 class Metric:
-    """The base of every metric. Scores are local: each unit set is scored by one rank, elements by their
+    """The base of every metric. Scores are local: each unit set is scored by one rank, blocks by their
     owner."""
 
+    granularity = "out_channel"  # what `granularity: default` means
     data_driven = False  # True: training is heard, so at least one step is needed before the first decision
     hears = "gates"  # what a data-driven metric hears: "gates" (pruning/gates.py) or "outputs" (pruning/outputs.py)
     wants_gradients = False  # of "outputs", too
@@ -47,11 +48,13 @@ class Metric:
     def __init__(self, options: Any) -> None:
         self.options = options
 
-    def missing(self, elements: bool) -> list[str]:
-        """Which methods the subclass lacks to score single weights (`elements`) or units."""
+    def missing(self, blocks: bool) -> list[str]:
+        """Which methods the subclass lacks to score blocks of weights or units."""
         heard = ["gate_statistic"] + ["output_statistic"] * (self.hears == "outputs")
-        needed = ["element_scores"] if elements else ["unit_scores"] + heard * self.data_driven
-        return [name for name in needed if getattr(type(self), name) is getattr(Metric, name)]
+        needed = ["block_scores"] if blocks else ["unit_scores"] + heard * self.data_driven
+        lacks = [name for name in needed if getattr(type(self), name) is getattr(Metric, name)]
+        by_blocks = not self.data_driven and type(self).block_scores is not Metric.block_scores
+        return [name for name in lacks if not (name == "unit_scores" and by_blocks)]
 
     def check(self, view: View) -> None:
         """Raise UserError when these units cannot be scored. Called once, before training."""
@@ -67,15 +70,17 @@ class Metric:
         raise NotImplementedError
 
     def unit_scores(self, view: View) -> torch.Tensor:
-        """float64 [num_units]."""
-        raise NotImplementedError
+        """float64 [num_units]. Unless defined, the mean over the targets of what `block_scores` says of a unit's
+        weights."""
+        return torch.stack([self.block_scores(weight, None).double() for weight in view.weights()]).mean(0)
 
     def edit_gradients(self, view: View, grad: Callable[[str], torch.Tensor | None]) -> None:
         """Add to the reduced gradients, by parameter name, before each optimizer step until the last decision. The
         same on every rank. For penalties that a method adds to the loss."""
 
-    def element_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
-        """float [n] from a run of n weights and, when data-driven, their reduced gradient."""
+    def block_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+        """float [n] of n blocks of k weights, [n, k], and, when data-driven, their reduced gradient. A single weight
+        is a block of one. The score of a block must not depend on which blocks come with it."""
         raise NotImplementedError
 
 

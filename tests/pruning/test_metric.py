@@ -24,7 +24,7 @@ class Mine(Metric):
         order = torch.arange(view.num_units, dtype=torch.float64)
         return (order - self.options.first) % view.num_units
 
-    def element_scores(self, weight, grad):
+    def block_scores(self, weight, grad):
         return torch.arange(len(weight))
 """
 
@@ -72,9 +72,9 @@ def test_refused_methods(own, name, options, said):
 
 
 def test_a_method_without_the_scores_asked_for_is_refused_at_the_start(own, tmp_path):
-    lines = OWN[: OWN.index("    def element_scores")]
+    lines = OWN[: OWN.index("    def block_scores")]
     (tmp_path / "my_pkg" / "units.py").write_text(lines)
-    with pytest.raises(UserError, match="free: .*'element' needs `element_scores` of method 'my_pkg.units'"):
+    with pytest.raises(UserError, match="free: .*'element' needs `block_scores` of method 'my_pkg.units'"):
         attach(config([{"op_names": ["free"], "granularity": "element"}], method="my_pkg.units", options={"first": 2}))
 
 

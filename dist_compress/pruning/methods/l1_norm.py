@@ -1,4 +1,4 @@
-"""L1 norm of a unit's weights (Li et al. 2017, arXiv:1608.08710); of an element: its magnitude."""
+"""L1 norm of the weights of a unit or block (Li et al. 2017, arXiv:1608.08710); of an element: its magnitude."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_compress.pruning.metric import Metric, View
+from dist_compress.pruning.metric import Metric
 
 
 @dataclass
@@ -15,8 +15,5 @@ class Options:
 
 
 class L1Norm(Metric):
-    def unit_scores(self, view: View) -> torch.Tensor:
-        return torch.stack([weight.double().abs().sum(1) for weight in view.weights()]).mean(0)
-
-    def element_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
-        return weight.abs()
+    def block_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+        return weight.abs().sum(1, dtype=torch.float64)

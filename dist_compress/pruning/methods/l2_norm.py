@@ -1,4 +1,4 @@
-"""L2 norm of a unit's weights; of an element: its magnitude."""
+"""L2 norm of the weights of a unit or block; of an element: its magnitude."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_compress.pruning.metric import Metric, View
+from dist_compress.pruning.metric import Metric
 
 
 @dataclass
@@ -15,8 +15,5 @@ class Options:
 
 
 class L2Norm(Metric):
-    def unit_scores(self, view: View) -> torch.Tensor:
-        return torch.stack([weight.double().square().sum(1).sqrt() for weight in view.weights()]).mean(0)
-
-    def element_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
-        return weight.abs()
+    def block_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+        return weight.double().square().sum(1).sqrt()

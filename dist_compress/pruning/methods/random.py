@@ -20,11 +20,11 @@ class Options:
 
 class Random(Metric):
     def unit_scores(self, view: View) -> torch.Tensor:
-        bits = torch.cat([_bits(weight) for weight in view.weights()], 1)
-        return uniform(splitmix64(bits + torch.arange(bits.shape[1], device=bits.device)).sum(1), self.options.seed)
+        return self.block_scores(torch.cat(view.weights(), 1), None)
 
-    def element_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
-        return uniform(splitmix64(_bits(weight)), self.options.seed)
+    def block_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+        bits = _bits(weight)
+        return uniform(splitmix64(bits + torch.arange(bits.shape[1], device=bits.device)).sum(1), self.options.seed)
 
 
 def _bits(weight: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 A gate z = 1 on a unit's output has dL/dz = gamma * dL/dgamma + beta * dL/dbeta behind a norm, and sum(w *
 dL/dw) + b * dL/db where no norm follows. The importance is the mean over micro-batches of (dL/dz)^2, the
 estimated loss change squared. Never sum(w * dL/dw) of a weight that a batch norm follows: it is zero by
-scale invariance.
+scale invariance. Of a block of weights it is abs(sum(w * dL/dw)), the change of the loss to first order.
 """
 
 from __future__ import annotations
@@ -30,6 +30,6 @@ class Taylor(Metric):
         assert view.statistic is not None
         return view.statistic
 
-    def element_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+    def block_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
         assert grad is not None
-        return (weight * grad).abs()
+        return (weight.double() * grad.double()).sum(1).abs()

@@ -27,5 +27,5 @@ def test_units(members, scores):
 
 def test_elements_are_ranked_by_magnitude():
     metric = build_metric("l2_norm", {}, "pruning")
-    assert metric.element_scores(WEIGHTS["b"].flatten(), None).tolist() == [2.0, 0.0, 2.0]
+    assert metric.block_scores(WEIGHTS["b"].view(-1, 1), None).tolist() == [2.0, 0.0, 2.0]
     assert not metric.data_driven

@@ -22,8 +22,8 @@ def test_units():
 def test_elements_are_uniform_and_do_not_depend_on_the_sharding():
     metric = build_metric("random", {"seed": 3}, "pruning")
     weight = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
-    whole = metric.element_scores(weight, None)
-    parts = [metric.element_scores(part, None) for part in weight.split(33_333)]
+    whole = metric.block_scores(weight[:, None], None)
+    parts = [metric.block_scores(part[:, None], None) for part in weight.split(33_333)]
     assert torch.equal(whole, torch.cat(parts))
     assert 0 <= float(whole.min()) and float(whole.max()) < 1
     assert abs(float(whole.mean()) - 0.5) < 0.005 and abs(float(whole.std()) - 12**-0.5) < 0.005

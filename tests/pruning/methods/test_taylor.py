@@ -16,7 +16,9 @@ def test_taylor_by_hand():
     taylor = build_metric("taylor", {}, "pruning")
     assert taylor.data_driven
     assert taylor.gate_statistic(torch.tensor([-2.0, 3.0])).tolist() == [4.0, 9.0]
-    assert taylor.element_scores(torch.tensor([2.0, -1.0]), torch.tensor([-3.0, 0.5])).tolist() == [6.0, 0.5]
+    weight, grad = torch.tensor([2.0, -1.0]), torch.tensor([-3.0, 0.5])
+    assert taylor.block_scores(weight[:, None], grad[:, None]).tolist() == [6.0, 0.5]
+    assert taylor.block_scores(weight[None], grad[None]).tolist() == [6.5]  # signs count inside of a block
 
 
 def taylor_net(entries, **keys):
