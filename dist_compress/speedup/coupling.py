@@ -20,7 +20,7 @@ from dist_compress.speedup.propagation import propagate
 from dist_compress.speedup.structure import Structure
 from dist_compress.speedup.units import groups_of
 from dist_compress.target import Coupling, LayerCost, Member, UnitGroup
-from dist_compress.tracing import Ref
+from dist_compress.tracing import ModuleCall, Ref, Trace
 
 
 def coupling(
@@ -73,8 +73,13 @@ def _check(
     if not removed:
         return groups
     masks = _masks(given.model, [(groups[i][0], units) for i, units in removed.items()])
-    facts = propagate(given.trace, masks, values=lambda: given.values_of(masked(given.model, masks)))
-    made = solve(given, given.model, given.structure, facts)
+    if _sizes_depend_on_values(given.trace):  # the masked model may run another program
+        pruned = masked(given.model, masks)
+        structure = given.structure_of(pruned)
+        made = solve(given, pruned, structure, propagate(structure.trace))
+    else:
+        facts = propagate(given.trace, masks, values=lambda: given.values_of(masked(given.model, masks)))
+        made = solve(given, given.model, given.structure, facts)
     checked = list(groups)
     for i, units in removed.items():
         group, where = groups[i]
@@ -84,6 +89,18 @@ def _check(
             text = why[0] if why else f"{failed.fqn} keeps them along dim {failed.dim}"
             checked[i] = (UnitGroup(group.name, group.num_units, group.members, text), where)
     return checked
+
+
+def _sizes_depend_on_values(trace: Trace) -> bool:
+    """Whether an op made as much as it found in its inputs: detections, tokens of an expert."""
+    for op in trace.tape:
+        if op.name == "nms":
+            return True
+        if not isinstance(op.target, ModuleCall) and torch.Tag.dynamic_output_shape in op.target.tags:
+            indices = op.inputs[1:] if op.name == "index" else op.inputs
+            if op.name != "index" or any(trace.info(ref).dtype in (torch.bool, torch.uint8) for ref in indices):
+                return True
+    return False
 
 
 def _masks(model: nn.Module, chosen: list[tuple[UnitGroup, torch.Tensor]]) -> dict[str, torch.Tensor]:
