@@ -51,7 +51,7 @@ def radix(scores: torch.Tensor, start: int, num: int) -> torch.Tensor:
 
 def bisection(scores: torch.Tensor, start: int, num: int) -> torch.Tensor:
     keys = score_key(scores)
-    low, high = 0, 2**32 - 1
+    low, high = -(2**31), 2**31 - 1
     while low < high:
         middle = (low + high) // 2
         count = (keys <= middle).sum()

@@ -26,8 +26,9 @@ from dist_compress.hashing import splitmix64
 SCORE_DIGITS = (11, 11, 10)
 TIE_DIGIT = 11
 HASH_BITS = 15
-REMOVED = 0x007FFFFF  # the key of -inf
-KEPT = 0xFF800000  # the key of +inf; NaN lies above
+LOWEST = -(2**31)
+REMOVED = LOWEST + 0x007FFFFF  # the key of -inf
+KEPT = LOWEST + 0xFF800000  # the key of +inf
 
 
 @dataclass
@@ -56,13 +57,22 @@ class _Query:
     """Find the first element of the order at which the cost of all elements up to it reaches `need`."""
 
     need: int
-    keys: torch.Tensor  # int64 [n]
-    cost: int | torch.Tensor
-    index: torch.Tensor  # int64 [n], global
-    alive: torch.Tensor  # positions that share the prefix found so far
+    shards: Sequence[Shard]
+    keys: Sequence[torch.Tensor]  # of each shard, int32 [n]
+    alive: torch.Tensor  # keys, later numbers, of the elements that share the prefix found so far
+    cost: int | torch.Tensor  # of these
     prefix: int = 0
     done: bool = False
-    limit: tuple[int, int] = (-1, -1)  # removed are those with (key, tie) <= limit
+    limit: tuple[int, int] = (LOWEST, -1)  # removed are those with (key, tie) <= limit
+
+    def narrow(self, mask: torch.Tensor) -> None:
+        self.alive = self.alive[mask]
+        self.cost = self.cost if isinstance(self.cost, int) else self.cost[mask]
+
+    def ties(self) -> torch.Tensor:
+        """Global numbers int64 of the elements whose key is that of the limit, in the order of `alive`."""
+        equal = [s.base + (k == self.limit[0]).nonzero().flatten() for s, k in zip(self.shards, self.keys, strict=True)]
+        return torch.cat([torch.zeros(0, dtype=torch.int64, device=self.alive.device), *equal])
 
 
 @dataclass
@@ -78,9 +88,9 @@ class _Census:
 
 
 def score_key(scores: torch.Tensor) -> torch.Tensor:
-    """float32 [n] -> int64 [n] in [0, 2^32), same order; -0 equals +0."""
+    """float32 [n] -> int32 [n] in the same order; -0 equals +0."""
     bits = (scores.float() + 0.0).contiguous().view(torch.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64) + 2**31
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def tie_key(index: torch.Tensor, index_bits: int = 48) -> torch.Tensor:
@@ -122,10 +132,12 @@ def _take_census(groups: Sequence[Group], keys: list[list[torch.Tensor]]) -> lis
     rows = {(g, m): [0] * 6 for g, group in enumerate(groups) for m in group.modules}
     for g, (group, group_keys) in enumerate(zip(groups, keys, strict=True)):
         for shard, key in zip(group.shards, group_keys, strict=True):
-            nan, removed, free = shard.scores.isnan(), key == REMOVED, key < KEPT
-            counts = [nan.sum(), removed.sum(), free.sum()]
-            for mask in (removed, free, torch.ones_like(nan)):
-                counts.append((mask * shard.cost).sum())
+            removed, free = key == REMOVED, key < KEPT
+            counts = [shard.scores.isnan().sum(), removed.sum(), free.sum()]
+            if isinstance(shard.cost, int):
+                counts += [counts[1] * shard.cost, counts[2] * shard.cost, len(key) * shard.cost]
+            else:
+                counts += [shard.cost[removed].sum(), shard.cost[free].sum(), shard.cost.sum()]
             row = rows[g, shard.module]
             rows[g, shard.module] = [a + int(b) for a, b in zip(row, counts, strict=True)]
     table = torch.tensor(list(rows.values()), dtype=torch.int64, device=_device(groups))
@@ -177,18 +189,15 @@ def _apply_bounds(
 def _query(need: int, shards: Sequence[Shard], keys: Sequence[torch.Tensor]) -> _Query:
     """Equal integer costs are counted as one: `need` becomes a number of elements."""
     device = keys[0].device if keys else torch.device("cpu")
-    empty = torch.zeros(0, dtype=torch.int64, device=device)
-    key = torch.cat([empty, *keys])
-    index = [torch.arange(s.base, s.base + len(s.scores), device=device) for s in shards]
+    alive = keys[0] if len(keys) == 1 else torch.cat([torch.zeros(0, dtype=torch.int32, device=device), *keys])
     costs = {s.cost for s in shards if isinstance(s.cost, int)}
     cost: int | torch.Tensor
     if len(costs) == 1 and all(isinstance(s.cost, int) for s in shards):
         need, cost = -(-need // costs.pop()), 1
     else:
-        full = [torch.ones_like(k) * s.cost for s, k in zip(shards, keys, strict=True)]
-        cost = torch.cat([empty, *full])
-    alive = (key < KEPT).nonzero().flatten()
-    return _Query(need, key, cost, torch.cat([empty, *index]), alive, done=need == 0)
+        full = [torch.ones_like(k, dtype=torch.int64) * s.cost for s, k in zip(shards, keys, strict=True)]
+        cost = torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *full])
+    return _Query(need, shards, keys, alive, cost, done=need == 0)
 
 
 def _radix(queries: list[_Query], digits: Sequence[int]) -> None:
@@ -198,22 +207,24 @@ def _radix(queries: list[_Query], digits: Sequence[int]) -> None:
         left -= bits
         if all(q.done for q in queries):
             return
-        digit = [(q.keys[q.alive] >> left) & (2**bits - 1) for q in queries]
+        flip = 2 ** (bits - 1) if left + bits == 32 else 0  # of the sign: negative keys come first
+        digit = [((q.alive >> left) & (2**bits - 1)) ^ flip for q in queries]
         for q in _descend(queries, digit, bits):
-            q.limit = (((q.prefix + 1) << left) - 1, 2**63 - 1)
+            q.limit = (LOWEST + ((q.prefix + 1) << left) - 1, 2**63 - 1)
     assert left == 0
     if all(q.done for q in queries):
         return
-    largest = torch.tensor([max((int(q.index.max()) for q in queries if len(q.index)), default=0)])
-    index_bits = int(comm.all_reduce(largest.to(queries[0].keys.device), "max")).bit_length()
+    largest = torch.tensor([max((s.base + len(s.scores) - 1 for q in queries for s in q.shards), default=0)])
+    index_bits = int(comm.all_reduce(largest.to(queries[0].alive.device), "max")).bit_length()
     for q in queries:
         if not q.done:
-            q.limit, q.prefix = (q.prefix, -1), 0
+            q.limit, q.prefix = (LOWEST + q.prefix, -1), 0
+            q.alive = q.ties()
     left = HASH_BITS + index_bits
     while not all(q.done for q in queries):
         bits = min(TIE_DIGIT, left)
         left -= bits
-        digit = [(tie_key(q.index[q.alive], index_bits) >> left) & (2**bits - 1) for q in queries]
+        digit = [(tie_key(q.alive.long(), index_bits) >> left) & (2**bits - 1) for q in queries]
         for q in _descend(queries, digit, bits, last=left == 0):
             last = ((q.prefix + 1) << left) - 1  # move the hash bits to where tie_key has them by default
             q.limit = (q.limit[0], ((last >> index_bits) << 48) | (last & (2**index_bits - 1)))
@@ -235,7 +246,7 @@ def _descend(queries: list[_Query], digits: list[torch.Tensor], bits: int, last:
         d = int(found[i])
         q.need -= taken[i] - size[i]
         q.prefix = (q.prefix << bits) | d
-        q.alive = q.alive[digits[i] == d]
+        q.narrow(digits[i] == d)
         if last or q.need == size[i]:
             q.done = True
             settled.append(q)
@@ -247,8 +258,7 @@ def _histogram(query: _Query, digit: torch.Tensor, bins: int) -> torch.Tensor:
         return torch.zeros(bins, dtype=torch.int64, device=digit.device)
     if isinstance(query.cost, int):
         return torch.bincount(digit, minlength=bins) * query.cost
-    cost = query.cost[query.alive]
-    return torch.zeros(bins, dtype=torch.int64, device=digit.device).index_add_(0, digit, cost)
+    return torch.zeros(bins, dtype=torch.int64, device=digit.device).index_add_(0, digit, query.cost)
 
 
 def _removed(limit: tuple[int, int], key: torch.Tensor, shard: Shard) -> torch.Tensor:
