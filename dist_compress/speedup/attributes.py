@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from dist_compress.speedup import sets
 from dist_compress.speedup.keep import Keep
 from dist_compress.speedup.movement import View
 from dist_compress.speedup.rules import rule_of
@@ -43,7 +44,27 @@ def attributes(s: Structure, keep: Keep, model: nn.Module) -> dict[str, int]:
             if isinstance(module, nn.GroupNorm):
                 new["num_groups"] = int(keep.kept[s.whole_groups[key]].sum())
             found |= {f"{owner}.{attr}".lstrip("."): n for attr, n in new.items() if getattr(module, attr) != n}
-    return found | _head_counts(s, keep, modules)
+    return found | _bare_norms(s, keep, modules) | _head_counts(s, keep, modules)
+
+
+def _bare_norms(s: Structure, keep: Keep, modules: dict[str, nn.Module]) -> dict[str, int]:
+    """The channels and groups of norms that have neither weights nor statistics."""
+    found: dict[str, int] = {}
+    known = set(s.known())
+    for fqn, refs in s.trace.calls:
+        module = modules[fqn]
+        channels = getattr(module, "num_channels", getattr(module, "num_features", None))
+        bare = isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) and not module.state_dict()
+        if not bare or len(refs) != 1 or refs[0].id not in known or s.trace.info(refs[0]).shape[1] != channels:
+            continue
+        kept = int(keep.kept[s.dims(refs[0])[1]].sum())
+        if isinstance(module, nn.GroupNorm) and refs[0].id in s.whole_groups:
+            groups = int(keep.kept[s.whole_groups[refs[0].id]].sum())
+            new = {"num_channels": kept, "num_groups": groups}
+        else:
+            new = {"num_features": kept}
+        found |= {f"{fqn}.{attr}".lstrip("."): n for attr, n in new.items() if getattr(module, attr) != n}
+    return found
 
 
 def _convolution(module: nn.modules.conv._ConvNd, sizes: list[int], groups: int) -> dict[str, int]:
@@ -57,24 +78,31 @@ def _head_counts(s: Structure, keep: Keep, modules: dict[str, nn.Module]) -> dic
     """Integers of users' modules that their views split by: `num_heads` in reshape(B, N, 3, self.num_heads, -1).
 
     An integer is set when it equals the old size of a dim that a view of this very module made or read, and all such
-    dims of this size shrank alike; where they did not (4 heads of 4), only what is called a number of heads follows.
-    Whether that was right is decided by the rehearsal of the plan.
+    dims of this size shrank alike. Where 4 heads are of size 4, a number of heads follows the outer dims of what the
+    views split and merge, a size the innermost. Whether that was right is decided by the rehearsal of the plan.
     """
-    changes: dict[tuple[str, int], set[int]] = {}
+    changes: dict[tuple[str, int, str], set[int]] = {}
     known = set(s.known())
     for op in s.trace.tape:
-        if isinstance(rule_of(op), View):
-            for ref in (r for r in (*op.inputs, op.out) if r.id in known):
-                for var in s.dims(ref):
-                    changes.setdefault((op.module, s.sizes[var]), set()).add(int(keep.kept[var].sum()))
+        if isinstance(rule_of(op), View) and {op.inputs[0].id, op.out.id} <= known:
+            shapes = [s.trace.info(ref).shape for ref in (op.inputs[0], op.out)]
+            for group in sets.view_groups(*shapes):
+                for ref, dims in zip((op.inputs[0], op.out), group, strict=True):
+                    for d in dims:
+                        var = s.dims(ref)[d]
+                        place = "alone" if len(dims) == 1 else "inner" if d == dims[-1] else "outer"
+                        changes.setdefault((op.module, s.sizes[var], place), set()).add(int(keep.kept[var].sum()))
     found = {}
-    for (owner, size), new in changes.items():
-        module = modules[owner]
-        changed = new - {size}
-        if type(module).__module__.startswith("torch.nn.") or len(changed) != 1:
+    for (owner, size, _), new in changes.items():
+        if new == {size} or type(modules[owner]).__module__.startswith("torch.nn."):
             continue
-        for name, value in vars(module).items():
-            is_count = "heads" in name and "dim" not in name
-            if type(value) is int and value == size and (len(new) == 1 or is_count) and not name.startswith("_"):
+        for name, value in vars(modules[owner]).items():
+            if type(value) is not int or value != size or name.startswith("_"):
+                continue
+            count = "heads" in name and "dim" not in name
+            places = ("outer",) if count else ("inner",) if "dim" in name else ("outer", "inner", "alone")
+            after = set().union(*(changes.get((owner, size, place), set()) for place in places))
+            changed = after - {size}
+            if len(changed) == 1 and (count or len(after) == 1):
                 found[f"{owner}.{name}".lstrip(".")] = next(iter(changed))
     return found

@@ -186,6 +186,7 @@ class GroupNorm(ChannelNorm):
             s.same(dims[1], s.dims(ref)[0])
             s.role(ref, 0, "affine")
             s.whole_groups[ref.id] = group
+        s.whole_groups[op.out.id] = group
 
     def _mixed(self, s: torch.Tensor, op: Op) -> torch.Tensor:
         s = sets.any_over(s, range(2, s.dim()))

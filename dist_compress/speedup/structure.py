@@ -70,7 +70,7 @@ class Structure:
     # (ref id, dim) -> producer | added | affine | consumer
     roles: dict[tuple[int, int], str] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
-    whole_groups: dict[int, int] = field(default_factory=dict)  # GroupNorm weight ref id -> variable of its groups
+    whole_groups: dict[int, int] = field(default_factory=dict)  # a GroupNorm's weight or output -> its groups
     zeros_only: list[tuple[Ref, int]] = field(default_factory=list)  # dims of which only zero slices may go (sums)
     _dims: dict[int, list[int]] = field(default_factory=dict)
 

@@ -136,7 +136,7 @@ def concatenate(b: Builder, i: int) -> int | None:
     fits = [
         j
         for j, v in enumerate(b.values)
-        if v.dim() == b.values[i].dim() and [n for d, n in enumerate(v.shape) if d != dim] == rest
+        if v.dim() == b.values[i].dim() and v.is_floating_point() and [n for d, n in enumerate(v.shape) if d != dim] == rest
     ]
     other = b.pick(*fits)
     if b.values[i].shape[dim] + b.values[other].shape[dim] > 16:
@@ -174,6 +174,8 @@ def move(b: Builder, i: int) -> int | None:
     rank = b.values[i].dim()
     feature = 1 if rank == 4 else rank - 1
     size = b.values[i].shape[feature]
+    if size < 3:
+        return None
     choices: list[Callable[..., torch.Tensor]] = [
         partial(torch.roll, shifts=1, dims=feature),
         partial(torch.flip, dims=[feature]),
@@ -192,8 +194,6 @@ def move(b: Builder, i: int) -> int | None:
         ]
     else:
         choices += [partial(F.pad, pad=(1, 1)), partial(torch.repeat_interleave, repeats=2, dim=feature)]
-    if size < 3:
-        return None
     made = b.add(b.pick(*choices), i)
     return made if max(b.sizes(made)) <= 16 else None
 
@@ -276,10 +276,12 @@ def shared_linear(b: Builder, i: int) -> int:
 
 
 def token_mix(b: Builder, i: int) -> int:
+    b.any_length = False
     return b.add(torch.add, i, b.add(layers.TokenMix(b.sizes(i)[0], b.pick(3, 4)), i))
 
 
 def positions(b: Builder, i: int) -> int:
+    """With rows for longer inputs, too."""
     return b.add(layers.Positions(*b.sizes(i)), i)
 
 
@@ -289,6 +291,7 @@ def first_token(x: torch.Tensor) -> torch.Tensor:
 
 def tokens_to_vector(b: Builder, i: int) -> int:
     if b.maybe(0.3):
+        b.any_length = False
         return b.add(partial(torch.flatten, start_dim=1), i)
     return b.add(b.pick(partial(torch.mean, dim=1), partial(torch.amax, dim=1), first_token), i)
 

@@ -20,13 +20,15 @@ def draw(seed: int, most_steps: int = 7) -> tuple[Builder, NewInput]:
     rng = random.Random(seed)
     torch.manual_seed(seed)
     kind = rng.choice(("image", "image", "image", "tokens", "tokens", "vector", "words"))
-    new_input = {
-        "image": lambda batch: torch.randn(batch, 3, 6, 6, dtype=torch.float64),
-        "tokens": lambda batch: torch.randn(batch, 5, 6, dtype=torch.float64),
-        "vector": lambda batch: torch.randn(batch, 6, dtype=torch.float64),
-        "words": lambda batch: torch.randint(WORDS, (batch, 5)),
-    }[kind]
-    b = Builder(rng, new_input(BATCH))
+
+    def new_input(batch: int) -> torch.Tensor:
+        length = 5 if batch == BATCH or not b.any_length else 4 + batch
+        if kind == "words":
+            return torch.randint(WORDS, (batch, length))
+        return torch.randn(batch, *{"image": (3, 6, 6), "tokens": (length, 6), "vector": (6,)}[kind]).double()
+
+    b = Builder(rng, torch.empty(0))
+    b.values[0] = new_input(BATCH)
     if kind == "words":
         value = b.add(nn.Embedding(WORDS, 8), 0)
     else:

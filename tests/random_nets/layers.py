@@ -157,10 +157,10 @@ class Positions(nn.Module):
     def __init__(self, tokens: int, dim: int) -> None:
         super().__init__()
         self.token = nn.Parameter(torch.randn(1, 1, dim))
-        self.table = nn.Parameter(torch.randn(1, tokens + 1, dim))
+        self.table = nn.Parameter(torch.randn(1, tokens + 3, dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.table
+        return torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.table[:, : x.shape[1] + 1]
 
 
 class Pick(nn.Module):

@@ -25,7 +25,7 @@ def mask_slices(b: Builder, rng: random.Random) -> None:
             index = _mask_weight(layer, rng)
             if index is not None:
                 rows[fqn] = index
-        elif getattr(layer, "weight", None) is not None and rng.random() < 0.1:
+        elif "Norm" in type(layer).__name__ and getattr(layer, "weight", None) is not None and rng.random() < 0.1:
             _zero(layer, rng.choice(("weight", "bias")), 0, _some(len(layer.weight), rng))
     for maker, reader in b.fed:
         norm = b.net.get_submodule(reader)
@@ -33,11 +33,11 @@ def mask_slices(b: Builder, rng: random.Random) -> None:
             for name in ("weight", "bias") if rng.random() < 0.7 else ():
                 if len(norm.weight) > max(rows[maker]):
                     _zero(norm, name, 0, rows[maker])
-    for name, parameter in b.net.named_parameters():
-        if name.rpartition(".")[2] in ("gamma", "token", "table") and rng.random() < 0.3:
+    for fqn, parameter in b.net.named_parameters():
+        owner, _, name = fqn.rpartition(".")
+        if name in ("gamma", "token", "table") and rng.random() < 0.3:
             dim = max(range(parameter.dim()), key=lambda d: parameter.shape[d])
-            with torch.no_grad():
-                parameter.index_fill_(dim, torch.tensor(_some(parameter.shape[dim], rng)), 0.0)
+            _zero(b.net.get_submodule(owner), name, dim, _some(parameter.shape[dim], rng))
 
 
 def mask_groups(net: RandomNet, coupling: Coupling, rng: random.Random) -> dict[int, torch.Tensor]:
@@ -51,15 +51,15 @@ def mask_groups(net: RandomNet, coupling: Coupling, rng: random.Random) -> dict[
 
 
 def _some(size: int, rng: random.Random) -> list[int]:
-    """Sorted, at least one and not all of them, unless there is only one."""
-    return sorted(rng.sample(range(size), rng.randint(1, max(1, size // 2))))
+    """Sorted, at least one and half of them at most; none of one."""
+    return sorted(rng.sample(range(size), rng.randint(1, size // 2))) if size > 1 else []
 
 
 def _zero(layer: nn.Module, name: str, dim: int, index: list[int]) -> None:
     parameter = getattr(layer, name, None)
     if parameter is not None:
         with torch.no_grad():
-            parameter.index_fill_(dim, torch.tensor(index), 0.0)
+            parameter.index_fill_(dim, torch.tensor(index, dtype=torch.int64), 0.0)
 
 
 def _mask_weight(layer: nn.Module, rng: random.Random) -> list[int] | None:

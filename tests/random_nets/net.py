@@ -37,6 +37,7 @@ class Builder:
         self.rng = rng
         self.net = RandomNet().double().eval()
         self.values = [x]
+        self.any_length = True  # whether the net takes other numbers of tokens
         self.fed: list[tuple[str, str]] = []  # (fqn of a layer, fqn of the layer that reads its output)
         self._maker: dict[int, str] = {}  # value -> fqn of the layer behind it, through activations
 

@@ -112,10 +112,11 @@ def test_transposed_conv_in_groups_with_output_padding(shrink, zero, shape, grou
     assert small[1].out_channels == small[2].in_channels == shape[1] * groups
 
 
+@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("masked, groups", [([2, 3], 3), ([2], 4)], ids=["whole group", "part of a group"])
-def test_group_norm_removes_whole_groups(shrink, masked, groups):
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 2, 1))
-    small, _ = shrink(model, image(), both("0", masked) | both("1", masked))
+def test_group_norm_removes_whole_groups(shrink, masked, groups, affine):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(4, 8, affine=affine), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    small, _ = shrink(model, image(), both("0", masked) | (both("1", masked) if affine else {}))
     assert (small[1].num_groups, small[1].num_channels) == (groups, 2 * groups)
 
 
