@@ -82,7 +82,11 @@ class Facts:
         tainted = self.tainted(ref)
         if sets.is_all(tainted):
             return tainted
-        value = (self.trace.values[ref.id] != 0).cpu()
+        values = self.trace.values[ref.id]
+        if not self.dependent(ref):
+            whole = int(values.count_nonzero()) == values.numel()
+            return sets.uniform(values.dim(), True) if whole else sets.compress((values != 0).cpu())
+        value = (values != 0).cpu()
         known = sets.restrict(value, tainted) if tainted.numel() > 1 else value
         return sets.canonical(known | tainted)
 

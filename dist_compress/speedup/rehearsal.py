@@ -17,6 +17,7 @@ from torch import nn
 from dist_compress.speedup.apply import apply
 from dist_compress.speedup.capture import Capture
 from dist_compress.speedup.contraction import Matmul
+from dist_compress.speedup.custom import is_leaf
 from dist_compress.speedup.elementwise import Pointwise
 from dist_compress.speedup.keep import Keep
 from dist_compress.speedup.movement import View
@@ -25,6 +26,7 @@ from dist_compress.speedup.rules import rule_of
 from dist_compress.speedup.same_moves import moves_alike
 from dist_compress.speedup.structure import Structure
 from dist_compress.speedup.verify import verify
+from dist_compress.speedup.wrong_rule import check_user_rules
 from dist_compress.tracing import ModuleCall, Op, Ref, Trace, TraceError, trace
 
 _COPIES = ("clone", "contiguous", "alias", "detach")
@@ -36,14 +38,15 @@ def rehearse(given: Capture, model: nn.Module, plan: Plan, s: Structure, keep: K
     compare: whether its result has to be the one that `s.trace` recorded.
     """
     recorded = s.trace
+    if not compare and not plan.graphs and _runs_without_values(given, model, plan, s, keep):
+        return None
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     small = apply(copy.deepcopy(model, shared), plan)  # tensors that stay whole are not copied
     try:
         again = trace(small, given.args, given.kwargs)
     except TraceError as error:
         return error.module
-    leaves = {op.module for op in recorded.tape if isinstance(op.target, ModuleCall)}
-    failed = _first_difference(again, s, keep, _other_programs(plan, model) | leaves)
+    failed = _first_difference(again, s, keep, _other_programs(plan, model, recorded))
     if failed is not None:
         return failed
     if not compare:
@@ -54,14 +57,31 @@ def rehearse(given: Capture, model: nn.Module, plan: Plan, s: Structure, keep: K
     tolerance = max(map(_tolerance, dtypes))
     if verify(recorded.result, again.result) <= tolerance:
         return None
-    return _first_call_apart(recorded, trace(small, given.args, given.kwargs, values=True), s, keep, tolerance)
+    again = trace(small, given.args, given.kwargs, values=True, leaves=is_leaf)
+    check_user_rules(recorded, again, s, keep, tolerance)
+    return _first_call_apart(recorded, again, s, keep, tolerance)
 
 
-def _other_programs(plan: Plan, model: nn.Module) -> set[str]:
-    """Modules that may run other ops than recorded: exchanged ones, and layers that get a bias."""
+def _runs_without_values(given: Capture, model: nn.Module, plan: Plan, s: Structure, keep: Keep) -> bool:
+    """Whether a shrunk copy on the meta device, which costs little, runs as planned; if not, a real one decides."""
+    tensors = (*model.parameters(), *model.buffers())
+    if all(t.is_meta for t in tensors):
+        return False
+    unreal = {id(t): t.detach().to("meta") for t in tensors}
+    unreal |= {id(p): nn.Parameter(unreal[id(p)], p.requires_grad) for p in model.parameters()}
+    try:
+        again = trace(apply(copy.deepcopy(model, unreal), plan), given.args, given.kwargs)
+    except Exception:  # code that reads values, or mixes in tensors of its own
+        return False
+    return _first_difference(again, s, keep, _other_programs(plan, model, s.trace)) is None
+
+
+def _other_programs(plan: Plan, model: nn.Module, recorded: Trace) -> set[str]:
+    """Modules that may run other ops than recorded: exchanged ones, leaves, and layers that get a bias."""
     owners = {fqn.rpartition(".")[0] for fqn in plan.bias}
     created = {owner for owner in owners if getattr(model.get_submodule(owner), "bias", None) is None}
-    return created | set(plan.swaps) | set(plan.resized) | set(plan.graphs)
+    leaves = {op.module for op in recorded.tape if isinstance(op.target, ModuleCall)}
+    return created | leaves | set(plan.swaps) | set(plan.resized) | set(plan.graphs)
 
 
 def _first_difference(again: Trace, s: Structure, keep: Keep, skipped: set[str]) -> str | None:

@@ -31,12 +31,12 @@ def canonical(s: torch.Tensor) -> torch.Tensor:
 
 
 def compress(s: torch.Tensor) -> torch.Tensor:
-    """The same set with each uniform dim at size 1. Costs a pass per dim."""
-    s = canonical(s)
+    """The same set with each uniform dim at size 1. Costs a pass per uniform dim."""
     for dim in range(s.dim()):
-        first = s.narrow(dim, 0, 1)
-        if s.size(dim) > 1 and bool((s == first).all()):
-            s = first
+        if s.size(dim) > 1:
+            first, last = s.narrow(dim, 0, 1), s.narrow(dim, s.size(dim) - 1, 1)
+            if torch.equal(first, last) and bool((s == first).all()):
+                s = first
     return s
 
 

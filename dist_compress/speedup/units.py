@@ -36,7 +36,7 @@ def groups_of(s: Structure, roles: Sequence[Role]) -> list[Group]:
     wanted = {v for v in by_var if s.sizes[v] > 1}
     wanted |= {v for c in s.contractions for v in c.factors if s.sizes[v] > 1}
     found = []
-    for unit_class in _classes(s, wanted):
+    for unit_class in _classes(s, set(by_var), wanted):
         mine = sorted(item for var in unit_class.where for item in by_var.get(var, ()))
         first = next(((i, fqn) for i, (fqn, _, _, role) in mine if role == "producer"), None)
         if first is not None:
@@ -51,17 +51,20 @@ def groups_of(s: Structure, roles: Sequence[Role]) -> list[Group]:
     return [(group, where) for _, _, group, where in found]
 
 
-def _classes(s: Structure, wanted: set[int]) -> list[_Class]:
+def _classes(s: Structure, with_roles: set[int], wanted: set[int]) -> list[_Class]:
+    """Classes in which a variable with a role may be; they tell the positions on `wanted` variables."""
     pins = dict(s.pins)
     for c in s.contractions:  # grouped convolution: the same position of each group
         if c.groups is not None and max(s.sizes[v] for v in c.factors[1:]) > 1 and s.sizes[c.factors[1]] > 1:
             pins.setdefault(c.groups, "its groups stay, each becomes narrower")
     found = []
     for roots, links, boxes in _clusters(s):
-        if wanted.isdisjoint(roots):
+        if with_roles.isdisjoint(roots):
             continue
         if not links and not boxes:  # a variable alone: every position is a unit
             (var,) = roots
+            if var not in wanted:
+                continue
             found.append(_Class(0, {var: torch.arange(s.sizes[var])[:, None]}, pins.get(var, "")))
         else:
             found += _Units(s, roots, links, boxes, pins).classes(wanted)
