@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import TensorWeakRef
 
 from dist_compress.errors import UserError
+from dist_compress.tracing.blame import users_line
 from dist_compress.tracing.traced_int import TracedInt
 
 # What torch.fx writes into its code as it is.
@@ -134,11 +135,11 @@ class GraphBuilder:
             return self.known[id(tensor)][1]
         name = self.names.get(id(tensor))
         if name is None and self.is_derived(tensor):
-            where = self.path[-1] or type(self.model).__name__
+            where, line = self.path[-1] or type(self.model).__name__, users_line()
             raise UserError(
-                f"concrete_trace: module {where!r} uses a tensor of shape {list(tensor.shape)} that was computed "
-                "from the inputs inside a torch.nn module or torch function without being its output, e.g. by a "
-                "hook. Return it instead."
+                f"concrete_trace: module {where!r} ({line}) uses a tensor of shape {list(tensor.shape)} that was "
+                "computed from the inputs inside a torch.nn module or torch function without being its output, e.g. "
+                "by a hook. Return it instead."
             )
         if name is None:
             # A constant with a history would drag the program that made it along.

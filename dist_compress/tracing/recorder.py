@@ -151,7 +151,11 @@ class _Recorder(GraphBuilder):
         ours = threading.get_ident() == self.thread and any(map(self.depends_on_inputs, tensors))
         if ours and self.depth == 0:
             return self._record("call_function", function, lambda: function(*args, **kwargs), args, kwargs)
-        result = function(*args, **kwargs)
+        try:
+            result = function(*args, **kwargs)
+        except Exception:
+            self.failed_op = self.failed_op or function._schema.name.split("::")[1]
+            raise
         if ours:
             made = (t for t in tree_leaves(result) if isinstance(t, torch.Tensor))
             self.derived.update((id(t), TensorWeakRef(t)) for t in made)
@@ -178,7 +182,7 @@ class _Recorder(GraphBuilder):
             try:
                 result = run()
             except Exception:
-                self.failed_op = self.failed_op or name or str(target)
+                self.failed_op = self.failed_op or name or None
                 raise
             impure = impure or versions != [_version(t) for t in tensors]
             impure = impure or (result is None and bool(tensors) and target is not getattr)

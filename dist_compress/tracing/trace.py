@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dist_compress.errors import UserError
+from dist_compress.tracing.blame import blame
 from dist_compress.tracing.constants import known
 from dist_compress.tracing.tape import Info, ModuleCall, Op, Ref, Trace, map_tensors, refs_in
 
@@ -50,8 +51,8 @@ def trace(
     that no weight made is computed on the CPU.
     A module of which `leaves` is true runs unrecorded and is one op, whose target is a `ModuleCall`.
     Training flags, buffers, RNG state and the attention switches are as before when it returns.
-    Raises UserError naming the module in which the model's own code failed, or a leaf that does more than compute
-    its result from its arguments and its own parameters and buffers.
+    Raises UserError naming the op, the module and the line in which the model's own code failed, or a leaf that does
+    more than compute its result from its arguments and its own parameters and buffers.
     """
     recorder = _Recorder(model, values, leaves)
     given_args, given_kwargs = recorder.add_inputs(tuple(args)), recorder.add_inputs(dict(kwargs or {}))
@@ -62,10 +63,10 @@ def trace(
         except UserError:
             raise
         except Exception as error:
-            where = recorder.failed or type(model).__name__
+            where = blame(error, recorder.failed or type(model).__name__, recorder.failed_op)
             text = (
-                f"The model failed in module {where!r} while it was traced in eval mode: "
-                f"{type(error).__name__}: {error}. Check the example inputs against the model's forward."
+                f"The model failed while it was traced in eval mode, in {where}. "
+                "Check the example inputs against the model's forward."
             )
             raise TraceError(text, recorder.failed or "") from error
         return recorder.finish(result)
@@ -155,6 +156,7 @@ class _Recorder(TorchDispatchMode):
         self.names = {module: name for name, module in model.named_modules()}
         self.stack: list[str] = []
         self.failed: str | None = None
+        self.failed_op: str | None = None
         self.current: dict[int, Ref] = {}  # id(tensor) -> its newest value
         self.held: dict[int, torch.Tensor] = {}  # keeps the tensors alive, or ids would be reused
         self.storages: dict[int, list[int]] = {}  # storage -> ids of the tensors that share it
@@ -257,7 +259,11 @@ class _Recorder(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             value = known(self.trace, call_args[0])
             args = args if value is None else (value,)
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except Exception:
+            self.failed_op = self.failed_op or func._schema.name.split("::")[1]
+            raise
         inputs = tuple(refs_in((call_args, call_kwargs)))
         dependent = any(self.trace.tensors[ref.id].dependent for ref in inputs)
         leaves = list(result) if isinstance(result, (tuple, list)) else [result]
