@@ -3,15 +3,24 @@
 from dist_compress.speedup.apply import apply, apply_to_state
 from dist_compress.speedup.capture import Capture, capture
 from dist_compress.speedup.coupling import coupling, mask_units
+from dist_compress.speedup.custom import register_op, registered, unregister_op
+from dist_compress.speedup.one_liners import Barrier, Bilinear, Movement, PassThrough, Pointwise
 from dist_compress.speedup.plan import Blocked, Plan
 from dist_compress.speedup.planning import plan
+from dist_compress.speedup.rule import Rule
 from dist_compress.speedup.settings import Settings
 from dist_compress.speedup.verify import verify
 
 __all__ = [
+    "Barrier",
+    "Bilinear",
     "Blocked",
     "Capture",
+    "Movement",
+    "PassThrough",
     "Plan",
+    "Pointwise",
+    "Rule",
     "Settings",
     "apply",
     "apply_to_state",
@@ -19,5 +28,8 @@ __all__ = [
     "coupling",
     "mask_units",
     "plan",
+    "register_op",
+    "registered",
+    "unregister_op",
     "verify",
 ]

@@ -14,6 +14,7 @@ from dist_compress.errors import UserError
 from dist_compress.speedup.graph_forward import install, programs
 from dist_compress.speedup.modules import exchange, replacement_of
 from dist_compress.speedup.plan import Plan
+from dist_compress.speedup.resize import apply_rules, check_rules
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
@@ -32,6 +33,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     swaps = [(_module(model, fqn), swap) for fqn, swap in plan.swaps.items()]
     for _, swap in swaps:
         replacement_of(swap)
+    check_rules(model, plan, _slice)
     config = _config(model, plan)
     graphs = programs(model, plan)
     new: dict[int, torch.Tensor] = {}
@@ -50,6 +52,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         exchange(module, swap)
     for name, value in plan.config.items():
         setattr(config, name, value)
+    apply_rules(model, plan)
     install(model, plan, graphs)
     return model
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dist_compress.errors import UserError
+from dist_compress.speedup import custom
 from dist_compress.speedup.keep import build
 from dist_compress.speedup.norms import norm_leaves
 from dist_compress.speedup.settings import Settings
@@ -54,7 +55,8 @@ class Capture:
         return again.values if _same_program(again, self.trace) else {}
 
     def _trace(self, model: nn.Module, values: bool = False) -> Trace:
-        leaves = norm_leaves(model) if self.settings.norm != "keep" else None
+        norms = norm_leaves(model) if self.settings.norm != "keep" else None
+        leaves = custom.is_leaf if norms is None else lambda module: custom.is_leaf(module) or norms(module)
         return trace(model, self.args, self.kwargs, values, leaves)
 
 

@@ -41,7 +41,7 @@ class Pointwise(elementwise.Pointwise):
 
 
 class Movement(movement.Move):
-    """Each element of the result is an element of the first operand, or zero; where from is found by running it.
+    """Each element of the result is one of the first operand or its negative, or zero; found by running the op.
 
     The op must run on float64 tensors on the CPU, of any values.
     """
@@ -63,7 +63,7 @@ class _Floats:
         args = tuple(a.double() if isinstance(a, torch.Tensor) else a for a in args)
         result = self.target(*args, **kwargs)
         many = isinstance(result, (tuple, list))
-        made = [r.round().long() if isinstance(r, torch.Tensor) else r for r in (result if many else [result])]
+        made = [r.abs().round().long() if isinstance(r, torch.Tensor) else r for r in (result if many else [result])]
         return made if many else made[0]
 
 
@@ -256,9 +256,14 @@ def _by_running(op: Op, trace: Trace, a: Ref, b: Ref, bias: Ref | None) -> Names
 def _narrows(op: Op, trace: Trace, names: Names) -> bool:
     """Whether the op on random slices gives what it gives with all other slices zero (no width in the result)."""
     infos = [trace.info(ref) for ref in op.inputs]
-    tensors = [torch.randn(info.shape).to(info.dtype) for info in infos]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _agrees(op, names, [torch.randn(info.shape).to(info.dtype) for info in infos])
+
+
+def _agrees(op: Op, names: Names, tensors: list[torch.Tensor]) -> bool:
     summed = {n for dims in names.inputs for n in dims} - set(names.outputs[0])
-    sizes = {n: i.shape[d] for i, dims in zip(infos, names.inputs, strict=True) for d, n in enumerate(dims) if n}
+    sizes = {n: i.shape[d] for i, dims in zip(tensors, names.inputs, strict=True) for d, n in enumerate(dims) if n}
     kept = {name: torch.randperm(size)[: max(1, size // 2)].sort().values for name, size in sizes.items()}
     masked = [t.clone() for t in tensors]
     for tensor, dims in zip(masked, names.inputs, strict=True):

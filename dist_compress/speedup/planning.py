@@ -16,6 +16,7 @@ from dist_compress.errors import UserError
 from dist_compress.speedup import sets
 from dist_compress.speedup.attributes import attributes
 from dist_compress.speedup.capture import Capture, captured
+from dist_compress.speedup.custom import resized
 from dist_compress.speedup.facts import Facts
 from dist_compress.speedup.fold import close_constants
 from dist_compress.speedup.graph_fallback import Fallback
@@ -107,7 +108,8 @@ def _extract(s: Structure, facts: Facts, keep: Keep, model: nn.Module, bias: dic
     shapes = {fqn: shapes[fqn] for fqn in kept}
     exchanged = swaps(model, kept, _normalised(s, keep))
     attrs = attributes(s, keep, model) | nested_encoders(model, exchanged)
-    return Plan(kept, attrs, bias, _blocked(s, facts, keep), shapes, exchanged)
+    blocked, cut = _blocked(s, facts, keep), resized(s, lambda var: keep.kept[var])
+    return Plan(kept, attrs, bias, blocked, shapes, exchanged, cut)
 
 
 def _normalised(s: Structure, keep: Keep) -> dict[str, int]:

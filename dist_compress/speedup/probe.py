@@ -147,9 +147,9 @@ class _Runs:
             places = out.round().long()
             if out.dtype != self.dtypes[0] or not torch.equal(places.to(out.dtype), out):
                 return False
-            if bool((places < 0).any()) or bool((places > count).any()):
+            if bool((places.abs() > count).any()):
                 return False
-            if not torch.equal(labels[places].to(out.dtype), moved):
+            if not torch.equal((labels[places.abs()] * places.sign()).to(out.dtype), moved):
                 return False
         return True
 
