@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -98,6 +99,21 @@ class DimMap:
             s.pin(dims_a[dim], "reads it at a fixed position", op)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """An op on one tensor of a shape, equal to others that do the same; `text` holds its plain arguments."""
+
+    target: Any
+    shape: tuple[int, ...]
+    text: str
+    op: Op = field(compare=False)
+
+
+@lru_cache(maxsize=4096)
+def _known_maps(call: _Call) -> list[DimMap | None]:
+    return coordinates(call.op, call.op.inputs[0], call.shape, {})
+
+
 def coordinates(op: Op, source: Ref, shape: tuple[int, ...], constants: dict[int, torch.Tensor]) -> list[Any]:
     """A `DimMap` per output, or None for an output that is not separable."""
     outputs: list[Any] = [None if ref is None else ([], {}) for ref in op.outputs]
@@ -180,7 +196,10 @@ class Move(Rule):
     unknown = Rule()  # where the positions are not known
 
     def maps(self, op: Op, shape: tuple[int, ...], constants: dict[int, torch.Tensor]) -> list[DimMap | None]:
-        return coordinates(op, op.inputs[0], shape, constants)
+        if constants:
+            return coordinates(op, op.inputs[0], shape, constants)
+        text = repr(map_tensors((op.args, op.kwargs), lambda ref: None))
+        return _known_maps(_Call(op.target, shape, text, op))
 
     def link(self, op: Op, s: Structure) -> None:
         constants = self.constants(op, s.trace)
@@ -260,6 +279,26 @@ class Index(Move):
 
     def __init__(self, unknown: Rule):
         self.unknown = unknown
+
+
+class Roll(Move):
+    """By a number: with fewer positions others would meet."""
+
+    indexed = True
+
+
+class Shuffle(Move):
+    """Channel shuffle: position j of group i becomes position i of group j. The number of groups stays."""
+
+    def link(self, op: Op, s: Structure) -> None:
+        dims, out = s.dims(op.inputs[0]), s.dims(op.out)
+        groups = s.new(op.arg("groups"))
+        within = s.new(s.sizes[dims[1]] // s.sizes[groups])
+        s.pin(groups, "holds the number of groups", op)
+        s.box([dims[1]], [groups, within], op)
+        s.box([out[1]], [within, groups], op)
+        for d in (0, *range(2, len(dims))):
+            s.same(dims[d], out[d])
 
 
 class Pad(Move):
