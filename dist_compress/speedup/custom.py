@@ -67,7 +67,7 @@ def rule_for(op: Op) -> Rule | None:
     """The user's rule of an op on the tape."""
     if isinstance(op.target, ModuleCall):
         return rule_of_module(op.target.module)
-    if not _ops:
+    if not _ops or not isinstance(op.target, OpOverload):
         return None
     name = op.target._schema.name
     return _ops.get(f"{name}.{op.target._overloadname}", _ops.get(name))

@@ -124,10 +124,11 @@ def coordinates(op: Op, source: Ref, shape: tuple[int, ...], constants: dict[int
         for slot, result in zip(outputs, run(op, source, grid, constants), strict=True):
             if slot is not None:
                 slot[0].append((dim, result))
-    return [None if slot is None else _separate(slot[0], shape) for slot in outputs]
+    return [None if slot is None else separate(slot[0], shape) for slot in outputs]
 
 
-def _separate(grids: list[tuple[int, torch.Tensor]], shape: tuple[int, ...]) -> DimMap | None:
+def separate(grids: list[tuple[int, torch.Tensor]], shape: tuple[int, ...]) -> DimMap | None:
+    """The map of an output from the coordinate along each input dim of its elements; None if it is not separable."""
     if not grids:
         return None
     num_dims = grids[0][1].dim()

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from dist_compress.speedup import bilinear, contraction, custom, dimwise, elementwise, indexing, movement, named, norms
+from dist_compress.speedup import (
+    bilinear,
+    contraction,
+    custom,
+    dimwise,
+    elementwise,
+    indexing,
+    movement,
+    named,
+    norms,
+    overlay,
+)
 from dist_compress.speedup.probe import Probed
 from dist_compress.speedup.rule import Rule
 from dist_compress.tracing import ModuleCall, Op
+from dist_compress.tracing.tape import Overlay
 
 _NAMES: dict[Rule, str] = {
     elementwise.Pointwise(): "add sub clone _to_copy to contiguous detach alias lift_fresh lift_fresh_copy "
@@ -63,9 +75,10 @@ _NAMES: dict[Rule, str] = {
     named.EmbeddingBag(): "_embedding_bag _embedding_bag_forward_only",
     named.Distance(): "_cdist_forward",
     named.Unfold(): "im2col col2im",
+    Rule(): "as_strided_scatter",
 }
 _RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
-_POINTWISE, _BARRIER, _UNKNOWN = elementwise.Pointwise(), Rule(), Probed()
+_POINTWISE, _WRITE, _BARRIER, _UNKNOWN = elementwise.Pointwise(), overlay.Write(), Rule(), Probed()
 
 
 def rule_of(op: Op) -> Rule:
@@ -76,6 +89,8 @@ def rule_of(op: Op) -> Rule:
     if isinstance(op.target, ModuleCall):
         formula = norms.formula_of(op.target.module)
         return _BARRIER if formula is None else norms.NormModule(formula)
+    if isinstance(op.target, Overlay):
+        return _WRITE
     overload = op.target._overloadname
     if op.name in ("max", "min") and overload == "other":
         return _POINTWISE

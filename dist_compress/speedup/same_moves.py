@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dist_compress.speedup.movement import DimMap, Move, run
+from dist_compress.speedup.overlay import Write, same_writes
 from dist_compress.speedup.rules import rule_of
 from dist_compress.tracing import Op, Ref, Trace
 from dist_compress.tracing.tape import map_tensors
@@ -22,6 +23,8 @@ Kept = Callable[[Ref], list[torch.Tensor]]  # recorded tensor -> kept positions 
 def moves_alike(op: Op, new: Op, recorded: Trace, again: Trace, kept: Kept) -> bool:
     """Whether `new` of `again` picks from the kept elements what `op` of `recorded` picked. True for other rules."""
     rule = rule_of(op)
+    if isinstance(rule, Write):
+        return same_writes(op, new, kept)
     if not isinstance(rule, Move):
         return True
     old_shape, new_shape = recorded.info(op.inputs[0]).shape, again.info(new.inputs[0]).shape

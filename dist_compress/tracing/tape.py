@@ -58,14 +58,66 @@ class ModuleCall:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where the elements of a tensor lie in its storage."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Layout:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+
+    def places(self) -> torch.Tensor:
+        """int64 of `shape`: the position of each element in the storage."""
+        total = torch.full(self.shape, self.offset)
+        for d, (size, stride) in enumerate(zip(self.shape, self.stride, strict=True)):
+            total += (torch.arange(size) * stride).view([-1 if e == d else 1 for e in range(len(self.shape))])
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class Overlay:
+    """The target of an op (old, source): a tensor after `source`, which shares its memory, was written to.
+
+    All are equal: what is written where depends on sizes; `index` tells.
+    """
+
+    old: Layout
+    source: Layout
+    name = "overlay"
+    tags = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Overlay)
+
+    def __hash__(self) -> int:
+        return hash(Overlay)
+
+    def index(self) -> torch.Tensor:
+        """int64 of the shape of `old`: the flat element of `source` that each element is now, -1 for its own."""
+        old, source = self.old.places(), self.source.places()
+        if not old.numel() or not source.numel():
+            return torch.full(self.old.shape, -1)
+        found = torch.full((max(int(old.max()), int(source.max())) + 1,), -1)
+        found[source.flatten()] = torch.arange(source.numel())
+        return found[old]
+
+    def __call__(self, old: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        index = self.index().to(old.device)
+        return torch.where(index >= 0, source.reshape(-1)[index.clamp(min=0)], old) if source.numel() else old
+
+
+@dataclass(frozen=True)
 class Op:
     """One ATen call. `args` and `kwargs` are as they were called, with each tensor replaced by its `Ref`.
 
     Or one call of a leaf module: `inputs` are the tensors among its arguments, then its parameters and buffers in the
-    order of `named_parameters()` and `named_buffers()`; `outputs` are the tensors of its result.
+    order of `named_parameters()` and `named_buffers()`; `outputs` are the tensors of its result. Or an `Overlay`.
     """
 
-    target: OpOverload | ModuleCall
+    target: OpOverload | ModuleCall | Overlay
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     inputs: tuple[Ref, ...]
@@ -75,7 +127,7 @@ class Op:
     @property
     def name(self) -> str:
         """The ATen name without overload and without the in-place underscore: add_.Tensor is "add"."""
-        if isinstance(self.target, ModuleCall):
+        if isinstance(self.target, ModuleCall | Overlay):
             return self.target.name
         return _name(self.target)
 
@@ -87,7 +139,7 @@ class Op:
 
     def arg(self, name: str, default: Any = None) -> Any:
         """The argument called `name` in the schema, or its schema default, or `default`; a module has no schema."""
-        if isinstance(self.target, ModuleCall):
+        if isinstance(self.target, ModuleCall | Overlay):
             return self.kwargs.get(name, default)
         if name in self.kwargs:
             return self.kwargs[name]

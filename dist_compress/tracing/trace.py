@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from dist_compress.errors import UserError
 from dist_compress.tracing.blame import blame
 from dist_compress.tracing.constants import known
-from dist_compress.tracing.tape import Info, ModuleCall, Op, Ref, Trace, map_tensors, refs_in
+from dist_compress.tracing.tape import Info, Layout, ModuleCall, Op, Overlay, Ref, Trace, map_tensors, refs_in
 
 
 class TraceError(UserError):
@@ -290,7 +290,7 @@ class _Recorder(TorchDispatchMode):
         return ref
 
     def _ref(self, tensor: torch.Tensor) -> Ref:
-        """The newest value of `tensor`; a write through an alias becomes one scatter op, a barrier to the engine."""
+        """The newest value of `tensor`; a write through an alias becomes one op, an `Overlay`."""
         key = id(tensor)
         if key not in self.current:
             return self._new(tensor, "const")
@@ -299,10 +299,11 @@ class _Recorder(TorchDispatchMode):
             source = self.current[id(writer)]
             dependent = self.trace.info(source).dependent or self.trace.info(old).dependent
             new = self._new(tensor, "value", dependent=dependent)
-            offset = writer.storage_offset() - tensor.storage_offset()
-            args = (old, source, list(writer.shape), list(writer.stride()), offset)
-            op = torch.ops.aten.as_strided_scatter.default
-            self.trace.tape.append(Op(op, args, {}, (old, source), (new,), self._module()))
+            args: tuple[Any, ...] = (old, source)
+            target: Any = Overlay(Layout.of(tensor), Layout.of(writer))
+            if tensor.dtype != writer.dtype:  # a view of the bytes: a barrier
+                target, args = torch.ops.aten.as_strided_scatter.default, (old, source, [], [], 0)
+            self.trace.tape.append(Op(target, args, {}, (old, source), (new,), self._module()))
         return self.current[key]
 
     def _aliases(self, tensor: torch.Tensor) -> list[int]:

@@ -47,6 +47,31 @@ def added(m, x, score):
     return x.flatten(0, 1).index_add(0, order(score).flatten(), x.flatten(0, 1) * 2).view(x.shape)
 
 
+def halves(m, x, score):
+    """Written in two parts, one through a transposed view, one at a fixed token, over a buffer of zeros."""
+    y = torch.zeros_like(x)
+    y.transpose(1, 2)[:, :, :3] = x.transpose(1, 2)[:, :, :3] * 2
+    y[:, 3:] += x[:, 1:3]
+    y[:, 0] = score[:, :1] * x[:, 4]
+    return y
+
+
+def doubled(m, x, score):
+    """The base is written while a view of it waits."""
+    y = x.clone()
+    view = y[:, 1:, :]
+    y.mul_(2)
+    return torch.cat([view, y[:, :1]], 1)
+
+
+def through(m, x, score):
+    """A view that merges dims is written to."""
+    y = x.clone()
+    y.view(x.shape[0], -1).relu_()
+    y[..., None].squeeze(-1).mul_(score.unsqueeze(-1))
+    return y
+
+
 PASSING = {
     "gather": lambda m, x, score: x.gather(1, expand(order(score), x)),
     "take_along_dim": lambda m, x, score: torch.take_along_dim(x, order(score).unsqueeze(-1), 1),
@@ -71,6 +96,9 @@ PASSING = {
     "fold": lambda m, x, score: F.fold(
         F.unfold(x.transpose(1, 2).unsqueeze(-1), (3, 1), padding=(1, 0)).relu(), (5, 1), (3, 1), padding=(1, 0)
     ).squeeze(-1).transpose(1, 2),
+    "write to parts": halves,
+    "write to the base": doubled,
+    "write through views": through,
     "cdist": lambda m, x, score: x * torch.cdist(score.unsqueeze(-1), score.unsqueeze(-1)).mean((1, 2))[:, None, None],
 }  # fmt: skip
 
@@ -127,3 +155,20 @@ def test_experts_of_grouped_matmuls_shrink():
     assert small.fn.up.shape == (2, 8, 12) and small.fn.down.shape == (2, 12, 8), plan.blocked
     x = make(3)
     assert speedup.verify(model(x), small(x)) < 1e-5
+
+
+def test_parts_of_channels_are_written_like_a_concatenation(shrink):
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.last = nn.Linear(6, 4, bias=False), nn.Linear(6, 4, bias=False), nn.Linear(8, 3)
+
+        def forward(self, x):
+            a, b = self.a(x), self.b(x)
+            y = x.new_zeros(*x.shape[:-1], a.shape[-1] + b.shape[-1])
+            y[..., : a.shape[-1]] = a
+            y[..., a.shape[-1] :] = b
+            return self.last(y)
+
+    small, plan = shrink(Parts(), make, {"a.weight": [1], "b.weight": [0, 3]})
+    assert small.last.weight.shape in ((3, 5), (3, 8)), plan.blocked
