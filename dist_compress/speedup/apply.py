@@ -15,6 +15,7 @@ from dist_compress.speedup.graph_forward import install, programs
 from dist_compress.speedup.modules import exchange, replacement_of
 from dist_compress.speedup.plan import Plan
 from dist_compress.speedup.resize import apply_rules, check_rules
+from dist_compress.tracing.unwrap import unwrapped
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
@@ -22,8 +23,9 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 
     Modules are the same objects; parameters are new `Parameter`s (dtype, device, requires_grad and ties as before),
     so optimizers and wrappers have to be built anew. Raises UserError when the plan is of another model or was applied
-    before; the model is then as it was.
+    before; the model is then as it was. Of what torch.compile or DDP wrapped, the module inside is returned.
     """
+    model = unwrapped(model)
     owners = {fqn: _owner(model, fqn) for fqn in plan.keep}
     old = {fqn: _tensor(fqn, *owners[fqn]) for fqn in plan.keep}
     for fqn, tensor in old.items():

@@ -17,6 +17,7 @@ from dist_compress.speedup.norms import norm_leaves
 from dist_compress.speedup.settings import Settings
 from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import ModuleCall, Op, Trace, trace
+from dist_compress.tracing.unwrap import unwrapped
 
 
 class Capture:
@@ -26,6 +27,7 @@ class Capture:
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Settings):
+        model = unwrapped(model)
         settings.kept_parameters(model)  # a wrong name is told before the work
         settings.barrier_modules(model)
         self.model, self.args, self.kwargs, self.settings = model, tuple(args), dict(kwargs), settings

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from dist_compress.errors import UserError
@@ -70,7 +70,9 @@ class Fallback:
                 self._refuse(name, str(error))
                 continue
             if numbers:
-                found[name] = GraphRewrite(aligned.inputs, aligned.program.structure(), numbers, calls)
+                own = isinstance(self.model.get_submodule(name), fx.GraphModule)  # is not recorded again
+                inputs = ((), {}) if own else aligned.inputs
+                found[name] = GraphRewrite(inputs, aligned.program.structure(), numbers, calls)
         return found
 
     def holds_at_another_batch(self, plan: Plan) -> bool:
@@ -109,8 +111,10 @@ class Fallback:
 
     def _record(self, name: str, inputs: Inputs, exchanged: set[str]) -> tuple[Aligned, tuple[str, ...]]:
         """With the submodules as calls where that can be, so that they keep their own code; else with all inlined."""
-        encode(inputs, name, {})  # what cannot be stored cannot be recorded again
         module = self.model.get_submodule(name)
+        if isinstance(module, fx.GraphModule):
+            return align(name, module, program_of(module, inputs, []), inputs, self.structure), ()
+        encode(inputs, name, {})  # what cannot be stored cannot be recorded again
         prefix = f"{name}." if name else ""
         inside = {n for n in exchanged if n.startswith(prefix) and n != name}
         error: UserError | None = None

@@ -28,6 +28,7 @@ from dist_compress.tracing.blame import blame
 from dist_compress.tracing.graph_builder import GraphBuilder, has_tensor
 from dist_compress.tracing.trace import untouched
 from dist_compress.tracing.traced_int import TracedInt
+from dist_compress.tracing.unwrap import unwrapped
 from dist_compress.tracing.watch import watching
 
 _SIZES = ("size", "shape", "stride", "numel", "nelement")
@@ -64,7 +65,7 @@ def concrete_trace(
         "opaque_outputs"  [attribute]: outputs that are neither tensor nor nest (caches): the recorded objects
     Raises UserError when the model fails, or when a value computed from the inputs escapes the recorder.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = unwrapped(model)
     recorder = _Recorder(model, leaves)
     grad_enabled = torch.is_grad_enabled()
     arguments = tree_map(_copy, (tuple(args), dict(kwargs or {})))

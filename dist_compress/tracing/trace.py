@@ -82,7 +82,7 @@ def current_ref(tensor: torch.Tensor) -> Ref | None:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no fused attention; training flags, buffers and RNG are restored at the end."""
+    """Eval mode, no gradients, no fused attention, nothing compiled; flags, buffers and RNG are restored at the end."""
     training = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -92,7 +92,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
             module.training = False
         torch.backends.mha.set_fastpath_enabled(False)
         rng = torch.random.fork_rng(devices=[d for d in devices if d is not None])
-        with rng, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with rng, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _eager(model):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -101,6 +101,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(saved)
         for module, flag in training.items():
             module.training = flag
+
+
+def _eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    compiled = (type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules())
+    return torch.compiler.set_stance("force_eager") if any(compiled) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
