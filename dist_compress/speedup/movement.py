@@ -222,8 +222,19 @@ class Move(Rule):
         return [result - 1 for result in run(op, op.inputs[0], ids, constants)]
 
     def taint(self, op: Op, f) -> list[torch.Tensor]:
-        moved = self._moved(op, f, f.tainted(op.inputs[0]))
+        moved = self._moved(op, f, f.tainted(op.inputs[0]) | self._size_dependent(op, f))
         return self.unknown.taint(op, f) if moved is None else moved
+
+    def _size_dependent(self, op: Op, f) -> torch.Tensor:
+        """Constants of each place of which a fixed one is read: the last one is another where there are more."""
+        constants = f.constants(op.inputs[0])
+        if op.name != "select" or op.arg("index") == 0 or not bool(constants.any()):
+            return torch.zeros((), dtype=torch.bool)
+        value, dim = f.value(op.inputs[0]), op.arg("dim")
+        if value is None:
+            return constants
+        uneven = (value != value.narrow(dim, 0, 1)).any(dim, keepdim=True).cpu()
+        return constants & sets.restrict(uneven, constants)
 
     def nonzero(self, op: Op, f) -> list[torch.Tensor]:
         moved = self._moved(op, f, f.nonzero(op.inputs[0]))

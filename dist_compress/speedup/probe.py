@@ -85,7 +85,7 @@ def _may_run(op: Op, trace: Trace) -> bool:
         return False
     if any(ref is None for ref in op.outputs) or not op.outputs or len(set(op.inputs)) < len(op.inputs):
         return False
-    if any(value.is_meta for value in trace.values.values()):
+    if trace.on_meta:
         return False
     infos = [trace.info(ref) for ref in op.inputs]
     integers = [ref for ref in op.inputs if not trace.info(ref).dtype.is_floating_point]

@@ -174,6 +174,7 @@ class Trace:
     # of what does not depend on the inputs; of all tensors when asked for
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     result: Any = None  # what the model returned
+    on_meta: bool = False  # the model was on the meta device
 
     def info(self, ref: Ref) -> Info:
         return self.tensors[ref.id]

@@ -167,7 +167,7 @@ class _Recorder(TorchDispatchMode):
         self.storages: dict[int, list[int]] = {}  # storage -> ids of the tensors that share it
         self.stale: dict[int, torch.Tensor] = {}  # id(tensor) -> the other tensor through which it was written to
         self.given: dict[int, torch.Tensor] = {}  # id(argument) -> what the model gets for it
-        self.on_meta = any(parameter.is_meta for parameter in model.parameters())
+        self.trace.on_meta = any(parameter.is_meta for parameter in model.parameters())
         self._add_state(model)
 
     def _add_state(self, model: nn.Module) -> None:
@@ -186,7 +186,7 @@ class _Recorder(TorchDispatchMode):
 
         def add(leaf: torch.Tensor) -> torch.Tensor:
             if id(leaf) not in self.given:
-                moved = leaf.to("meta") if self.on_meta else leaf
+                moved = leaf.to("meta") if self.trace.on_meta else leaf
                 self.given[id(leaf)] = moved
                 ref = self._new(moved, "input", dependent=True)
                 self.trace.inputs.append(ref)
