@@ -13,6 +13,11 @@ from dist_compress.tracing import Op, Ref
 
 _ZERO_OF_ZEROS = frozenset("mean sum amax amin max min var std prod any linalg_vector_norm norm".split())
 
+# What these make of one number depends on how often it is there.
+_COUNTING = frozenset(
+    "sum prod _softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp logsumexp linalg_vector_norm norm".split()
+)
+
 
 class Dimwise(Rule):
     """Mixes along `special(op, rank)` of its first tensor; these dims are kept whole."""
@@ -53,12 +58,27 @@ class Dimwise(Rule):
         s.pin_all(ref, self.why, op)
 
     def taint(self, op: Op, f) -> list[torch.Tensor]:
-        s = f.tainted(op.inputs[0])
-        special = self.special(op, s.dim())
-        s = sets.any_over(s, sorted(special))
+        x = op.inputs[0]
+        special = self.special(op, len(f.shape(x)))
+        s = sets.any_over(f.tainted(x) | self._size_dependent(op, f, special), sorted(special))
         if any(bool(f.tainted(ref).any()) for ref in op.inputs[1:]):
             s = sets.uniform(s.dim(), True)
         return self._outputs(s, special, op, f)
+
+    def _size_dependent(self, op: Op, f, special: set[int]) -> torch.Tensor:
+        """Constants of which the op makes something else where inputs have more tokens or pixels."""
+        x = op.inputs[0]
+        constants = f.constants(x)
+        if not bool(constants.any()):
+            return constants
+        value = f.value(x)
+        if value is None or op.name in _COUNTING:
+            return constants
+        first = value
+        for dim in special:
+            first = first.narrow(dim, 0, 1)
+        uneven = (value != first).cpu()
+        return constants & sets.restrict(sets.any_over(uneven, sorted(special)), constants)
 
     def _outputs(self, s: torch.Tensor, special: set[int], op: Op, f) -> list[torch.Tensor]:
         """The set of each output, with or without the special dims, which are uniform."""

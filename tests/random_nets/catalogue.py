@@ -133,12 +133,12 @@ def concatenate(b: Builder, i: int) -> int | None:
     """With an earlier value that differs in the features only."""
     dim = 1 if len(b.sizes(i)) == 3 else b.values[i].dim() - 1
     rest = [n for d, n in enumerate(b.values[i].shape) if d != dim]
-    fits = [
-        j
-        for j, v in enumerate(b.values)
-        if v.dim() == b.values[i].dim() and v.is_floating_point() and [n for d, n in enumerate(v.shape) if d != dim] == rest
-    ]
-    other = b.pick(*fits)
+
+    def fits(value: torch.Tensor) -> bool:
+        alike = value.is_floating_point() and value.dim() == b.values[i].dim()
+        return alike and [n for d, n in enumerate(value.shape) if d != dim] == rest
+
+    other = b.pick(*[j for j, value in enumerate(b.values) if fits(value)])
     if b.values[i].shape[dim] + b.values[other].shape[dim] > 16:
         return None
     return b.add(cat(dim), *b.pick((i, other), (other, i)))

@@ -88,3 +88,25 @@ def test_an_added_parameter_holds_a_constant(shrink):
     )
     small, plan = shrink(model, torch.randn(1, 4), both("a", [1, 2]))
     assert small.shift.shape == (6,) and set(plan.bias) == {"b.bias"}
+
+
+@pytest.mark.parametrize("pool", ["mean", "amax", "sum", "select"])
+def test_a_constant_of_each_place_depends_on_the_number_of_places(shrink, pool):
+    """Features of a table of positions are constant where the embedding is masked; pooled, they follow the length."""
+
+    def run(m, x):
+        y = m.a(x) + m.table[: x.shape[1]]
+        return m.b(y[:, -1] if pool == "select" else getattr(y, pool)(1))
+
+    model = Net(run, a=nn.Linear(4, 8), b=nn.Linear(8, 3), table=nn.Parameter(torch.randn(9, 8)))
+    small, _ = shrink(model, lambda batch: torch.randn(batch, 4 + batch, 4), both("a", [1, 2]))
+    assert small.b.in_features == 8
+
+
+@pytest.mark.parametrize("pool", ["mean", "amax"])
+def test_a_constant_everywhere_is_folded_behind_a_global_pool(shrink, pool):
+    model = Net(
+        lambda m, x: m.b(getattr(torch.sigmoid(m.a(x)), pool)((2, 3))), a=nn.Conv2d(3, 8, 3), b=nn.Linear(8, 3)
+    )
+    small, _ = shrink(model, lambda batch: torch.randn(batch, 3, 7 + batch, 8), both("a", [1, 2]))
+    assert small.b.in_features == 6
