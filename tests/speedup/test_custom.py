@@ -1,11 +1,14 @@
 """The user's own ops and modules: rules, one-liners, resize, replacement; and that a wrong rule is told."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from dist_compress import speedup
 from dist_compress.errors import UserError
@@ -231,3 +234,40 @@ def test_the_probe_runs_once_per_op_and_shape():
     recorded = trace(Net(lambda m, x: centre(x)), (make(2),), values=True)
     op = next(op for op in recorded.tape if op.name == "centre")
     assert probe(op, recorded) is probe(op, recorded) and probe(op, recorded).found.outputs == (("o0d0", "o0d1", None),)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """The names that the three files of docs/extending.md define."""
+    names = {}
+    for file in ("ops", "gate", "pairs"):
+        (code,) = re.findall(rf"^`mine/{file}\.py`:\n\n```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+        exec(compile(code, f"mine/{file}.py", "exec"), names)
+    yield names
+    for name in ("project", "ChannelGate", "gate_pairs"):
+        unregister_op(names[name])
+
+
+def test_the_documented_projection(examples, shrink):
+    model = Net(lambda m, x: m.p(x).relu(), width=10, p=examples["Projection"](8, 10))
+    small, _ = shrink(model, make, {"first.weight": [1, 6], "p.weight": (1, [0, 3, 4])})
+    assert small.p.weight.shape == (6, 7)
+    layers = {layer.fqn: layer.macs for layer in speedup.coupling(model, (make(1),)).layers}
+    with FlopCounterMode(display=False) as counter:
+        model(make(1))
+    assert counter.get_total_flops() == 2 * sum(layers.values()) and layers["p"] == 5 * 8 * 10
+
+
+def test_the_documented_module(examples, shrink):
+    model = Net(lambda m, x: m.g(x.transpose(1, 2)).transpose(1, 2), g=examples["ChannelGate"](8))
+    small, _ = shrink(model, make, {"first.weight": [1, 6]})
+    assert small.g.width == 6 and small.g.scale.shape == (6,)
+
+
+def test_the_documented_rule(examples, shrink):
+    model = Net(lambda m, x: examples["gate_pairs"](x), width=4)
+    small, plan = shrink(model, make, {"first.weight": [0, 3, 4, 5]})  # 3 alone is the gate of a value that stays
+    assert small.first.weight.shape == (4, 6) and small.last.weight.shape == (3, 2), plan.blocked
