@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten
 
+from dist_compress.tracing.nest import opened
+
 
 def verify(reference: Any, outputs: Any) -> float:
     """max|outputs - reference| / max|reference| over all tensors of two pytrees of the same form. Local.
 
     Infinite when the forms, shapes or non-finite places differ; each tensor is compared in float64.
     """
-    expected, form = tree_flatten(reference)
-    actual, other = tree_flatten(outputs)
+    expected, form = tree_flatten(opened(reference))
+    actual, other = tree_flatten(opened(outputs))
     if form != other:
         return float("inf")
     scale, worst = 0.0, 0.0

@@ -7,6 +7,7 @@ import inspect
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.weak import TensorWeakRef
 
 from dist_compress.errors import UserError
 from dist_compress.tracing.blame import users_line
+from dist_compress.tracing.nest import is_closed
 from dist_compress.tracing.traced_int import TracedInt
 
 # What torch.fx writes into its code as it is.
@@ -49,6 +51,7 @@ class GraphBuilder:
         self.ints: list[TracedInt] = []
         self.lifted: dict[str, str] = {}
         self.opaque_outputs: list[str] = []
+        self.devices: dict[torch.device, Node] = {}  # as read off a tensor: a replay asks the tensor again
         self._training: Node | None = None
 
     def add_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -162,6 +165,8 @@ class GraphBuilder:
             return self.node_of(value)
         if isinstance(value, TracedInt):
             return int(value) if value.node is None else value.node
+        if type(value) is torch.device and value in self.devices:
+            return self.devices[value]
         if value is None or type(value) in _PLAIN or isinstance(value, Node):
             return value
         if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -178,7 +183,7 @@ class GraphBuilder:
         return self.graph.create_node("get_attr", self.lift(value))
 
     def to_output(self, value: Any) -> Any:
-        """What the graph returns for `value`: any nest that torch's pytree knows, rebuilt by its rules."""
+        """What the graph returns for `value`: a dataclass, or any nest that pytree knows, rebuilt by its rules."""
         if type(value) in (list, tuple):
             return type(value)(self.to_output(v) for v in value)
         if type(value) is dict:
@@ -189,6 +194,9 @@ class GraphBuilder:
             self.attributes[name] = spec
             spec_node = self.graph.create_node("get_attr", name)
             return self.graph.call_function(tree_unflatten, ([self.to_output(v) for v in leaves], spec_node))
+        if is_closed(value):
+            made = {field.name: self.to_output(getattr(value, field.name)) for field in fields(value) if field.init}
+            return self.graph.call_function(type(value), (), made)
         node = self.to_arg(value)
         if isinstance(node, Node) and node.op == "get_attr" and not isinstance(value, torch.Tensor):
             self.opaque_outputs.append(str(node.target))

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from dist_compress.errors import UserError
 from dist_compress.tracing.blame import blame
 from dist_compress.tracing.constants import known
+from dist_compress.tracing.nest import opened
 from dist_compress.tracing.tape import Info, Layout, ModuleCall, Op, Overlay, Ref, Trace, map_tensors, refs_in
 
 
@@ -197,6 +198,7 @@ class _Recorder(TorchDispatchMode):
         return tree_map_only(torch.Tensor, add, tree)
 
     def finish(self, result: Any) -> Trace:
+        result = opened(result)
         leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if not leaves:
             raise UserError(

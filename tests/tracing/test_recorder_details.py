@@ -1,6 +1,7 @@
 """What a recorded graph knows beyond its ops: integers of modules, the training mode; and what a failure tells."""
 
 import copy
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dist_compress.errors import UserError
+from dist_compress.speedup import verify
 from dist_compress.tracing import TraceError, concrete_trace, trace
 
 
@@ -120,3 +122,71 @@ class Hooked(nn.Module):
 def test_a_value_that_escapes_is_told_with_its_line():
     with pytest.raises(UserError, match="self.kept  # made by a hook"):
         concrete_trace(Hooked(), (X,))
+
+
+def test_a_device_that_is_read_off_a_tensor_is_asked_again():
+    class Factory(nn.Module):
+        def forward(self, x):
+            return x + torch.arange(x.size(1), device=x.device)
+
+    graph = concrete_trace(Factory(), (torch.randn(2, 3),))
+    assert graph(torch.empty(4, 5, device="meta")).device.type == "meta"
+
+
+@dataclass
+class Outputs:
+    logits: torch.Tensor
+    extra: dict = field(default_factory=dict)
+
+
+class Headed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return Outputs(self.fc(x), {"inner": Outputs(x * 2), "size": x.size(0)})
+
+
+def test_dataclasses_come_out_as_they_are():
+    model = Headed()
+    out, wanted = concrete_trace(model, (X,))(X[:1]), model(X[:1])
+    assert torch.equal(out.logits, wanted.logits)
+    assert torch.equal(out.extra["inner"].logits, wanted.extra["inner"].logits)
+    assert out.extra["size"] == 1
+    assert len(trace(model, (X,)).outputs) == 2
+    wanted.extra["inner"].logits[0] += 1
+    assert verify(out, wanted) > 0.01
+
+
+@torch.library.custom_op("recorder_tests::scale_", mutates_args={"x"})
+def scale_(x: torch.Tensor, factor: float) -> None:
+    x.mul_(factor)
+
+
+@torch.library.custom_op("recorder_tests::rows", mutates_args=())
+def rows(x: torch.Tensor, count: int) -> torch.Tensor:
+    return x.repeat(count, 1)
+
+
+class Custom(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.count = 3
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.b.weight = self.a.weight
+        self.shared = self.a
+
+    def forward(self, x):
+        y = self.shared(self.b(self.a(x)))
+        scale_(y, 3.0)
+        return torch.ops.recorder_tests.rows(y, self.count)
+
+
+def test_custom_ops_shared_modules_and_tied_weights():
+    model, x = Custom(), torch.randn(2, 8)
+    graph = concrete_trace(model, (x,))
+    assert torch.equal(graph(x[:1]), model(x[:1])) and graph(x).shape == (6, 8)
+    assert graph.a.weight is graph.b.weight is model.a.weight
+    graph.count = 2
+    assert graph(x).shape == (4, 8)
