@@ -12,6 +12,7 @@ from torch import nn
 
 from dist_compress.errors import UserError
 from dist_compress.speedup.graph_forward import install, programs
+from dist_compress.speedup.model_config import has_field, set_field
 from dist_compress.speedup.modules import exchange, replacement_of
 from dist_compress.speedup.plan import Plan
 from dist_compress.speedup.resize import apply_rules, check_rules
@@ -53,7 +54,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     for module, swap in swaps:
         exchange(module, swap)
     for name, value in plan.config.items():
-        setattr(config, name, value)
+        set_field(config, name, value)
     apply_rules(model, plan)
     install(model, plan, graphs)
     return model
@@ -98,7 +99,7 @@ def _tensor(fqn: str, owner: nn.Module, name: str) -> torch.Tensor:
 def _config(model: nn.Module, plan: Plan) -> object:
     config = getattr(model, "config", None)
     for name in plan.config:
-        if not hasattr(config, name):
+        if not has_field(config, name):
             raise _mismatch(f"config.{name}", "does not exist here")
     return config
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from dist_compress.speedup import sets
@@ -10,6 +12,7 @@ from dist_compress.speedup.movement import View
 from dist_compress.speedup.rules import rule_of
 from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import Ref
+from dist_compress.tracing.attribute_uses import Use
 
 # Per module type: which integer is the size of which dim of the weight.
 _SIZES: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
@@ -20,9 +23,15 @@ _SIZES: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
     (nn.PReLU, {"num_parameters": 0}),
 )
 
+_HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads")
+_TOTALS = ("inner_dim", "all_head_size")
 
-def attributes(s: Structure, keep: Keep, model: nn.Module) -> dict[str, int]:
-    """{"module fqn.attribute": new value} for every integer that changes."""
+
+def attributes(s: Structure, keep: Keep, model: nn.Module, uses: Callable[[], list[Use] | None]) -> dict[str, int]:
+    """{"module fqn.attribute": new value} for every integer that changes.
+
+    uses(): what the integers of users' modules were used for in the run behind `s`, None where that is not known.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[str, int] = {}
     groups = {c.b.id: c.groups for c in s.contractions if c.groups is not None}
@@ -44,7 +53,7 @@ def attributes(s: Structure, keep: Keep, model: nn.Module) -> dict[str, int]:
             if isinstance(module, nn.GroupNorm):
                 new["num_groups"] = int(keep.kept[s.whole_groups[key]].sum())
             found |= {f"{owner}.{attr}".lstrip("."): n for attr, n in new.items() if getattr(module, attr) != n}
-    return found | _bare_norms(s, keep, modules) | _head_counts(s, keep, modules)
+    return found | _bare_norms(s, keep, modules) | _of_users(s, keep, modules, uses)
 
 
 def _bare_norms(s: Structure, keep: Keep, modules: dict[str, nn.Module]) -> dict[str, int]:
@@ -74,6 +83,52 @@ def _convolution(module: nn.modules.conv._ConvNd, sizes: list[int], groups: int)
     return {"in_channels": into * groups, "out_channels": out, "groups": groups}
 
 
+def _of_users(
+    s: Structure, keep: Keep, modules: dict[str, nn.Module], uses: Callable[[], list[Use] | None]
+) -> dict[str, int]:
+    """What a size was used for says what it becomes; numbers of heads that nothing uses go by their values."""
+    shrunk = {var for var, kept in keep.kept.items() if not bool(kept.all())}
+    known = set(s.known())
+    touched = {
+        op.module
+        for op in s.trace.tape
+        for ref in op.inputs
+        if ref.id in known and not shrunk.isdisjoint(s.dims(ref)) and _is_users(modules[op.module])
+    }
+    if not any(type(value) is int and value > 1 for name in touched for value in vars(modules[name]).values()):
+        return {}
+    used, guessed = uses(), _head_counts(s, keep, modules)
+    if used is None:
+        return guessed
+    after: dict[str, set[int]] = {}
+    old = {use.attribute: use.value for use in used}
+    for use in used:
+        if use.ref.id in known:
+            kept = keep.kept[s.dims(use.ref)[use.dim]]
+            after.setdefault(use.attribute, set()).add(int(kept[: use.value].sum() if use.prefix else kept.sum()))
+    found = {fqn: next(iter(new)) for fqn, new in after.items() if len(new) == 1 and new != {old[fqn]}}
+    names = {fqn: fqn.rpartition(".")[2] for fqn in guessed if fqn not in old}
+    found |= {fqn: guessed[fqn] for fqn, name in names.items() if "head" in name}
+    return found | _totals(found, set(old), modules)
+
+
+def _totals(found: dict[str, int], used: set[str], modules: dict[str, nn.Module]) -> dict[str, int]:
+    """Products with a number of heads that changed, which nothing uses."""
+    totals: dict[str, int] = {}
+    for fqn, new in found.items():
+        owner, _, name = fqn.rpartition(".")
+        module = modules[owner]
+        for total in _TOTALS if name in _HEADS else ():
+            size = getattr(module, total, None)
+            if type(size) is int and f"{owner}.{total}" not in used:
+                totals[f"{owner}.{total}"] = size * new // getattr(module, name)
+    return totals
+
+
+def _is_users(module: nn.Module) -> bool:
+    return not type(module).__module__.startswith("torch.nn.")
+
+
 def _head_counts(s: Structure, keep: Keep, modules: dict[str, nn.Module]) -> dict[str, int]:
     """Integers of users' modules that their views split by: `num_heads` in reshape(B, N, 3, self.num_heads, -1).
 
@@ -94,7 +149,7 @@ def _head_counts(s: Structure, keep: Keep, modules: dict[str, nn.Module]) -> dic
                         changes.setdefault((op.module, s.sizes[var], place), set()).add(int(keep.kept[var].sum()))
     found = {}
     for (owner, size, _), new in changes.items():
-        if new == {size} or type(modules[owner]).__module__.startswith("torch.nn."):
+        if new == {size} or not _is_users(modules[owner]):
             continue
         for name, value in vars(modules[owner]).items():
             if type(value) is not int or value != size or name.startswith("_"):

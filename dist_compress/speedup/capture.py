@@ -17,6 +17,7 @@ from dist_compress.speedup.norms import norm_leaves
 from dist_compress.speedup.settings import Settings
 from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import ModuleCall, Op, Trace, trace
+from dist_compress.tracing.attribute_uses import Use, attribute_uses
 from dist_compress.tracing.unwrap import unwrapped
 
 
@@ -55,6 +56,15 @@ class Capture:
             return {}
         again = self._trace(model, values=True)
         return again.values if _same_program(again, self.trace) else {}
+
+    @cached_property
+    def uses(self) -> list[Use] | None:
+        """What integers of the model's modules were the size of; None when the model does not run alike with them."""
+        try:
+            again, uses = attribute_uses(self.model, lambda: self._trace(self.model))
+        except Exception:  # code that takes nothing but plain ints
+            return None
+        return uses if _same_program(again, self.trace) else None
 
     def _trace(self, model: nn.Module, values: bool = False) -> Trace:
         norms = norm_leaves(model) if self.settings.norm != "keep" else None

@@ -22,6 +22,7 @@ from dist_compress.speedup.fold import close_constants
 from dist_compress.speedup.graph_fallback import Fallback
 from dist_compress.speedup.keep import Keep, pin_modules
 from dist_compress.speedup.masking import Masks, check_masks, masked
+from dist_compress.speedup.model_config import config_changes
 from dist_compress.speedup.norms import NormModule
 from dist_compress.speedup.plan import Blocked, Plan
 from dist_compress.speedup.propagation import propagate
@@ -76,15 +77,17 @@ def solve(given: Capture, model: nn.Module, s: Structure, facts: Facts, round_to
     while True:
         keep = Keep(s, facts, pin_modules(s, banned), round_to)
         bias = close_constants(s, facts, keep, model)
-        made = _extract(s, facts, keep, model, bias)
+        made = _extract(given, s, facts, keep, model, bias)
         if not made.keep:
             return made
         made.graphs = fallback.rewrites(made, keep)
+        made.config = config_changes(model, made)
         failed = rehearse(given, model, made, s, keep, compare)
         if failed is None and not fallback.holds_at_another_batch(made):
             continue
         if failed is None and s.settings.norm == "plain":
             made = replace(made, swaps=narrow(made.swaps))
+            made.config = config_changes(model, made)
             failed = rehearse(given, model, made, s, keep, compare=False)
         if failed is None:
             return made
@@ -92,7 +95,9 @@ def solve(given: Capture, model: nn.Module, s: Structure, facts: Facts, round_to
         banned |= culprits - fallback.choose(culprits, made, keep)
 
 
-def _extract(s: Structure, facts: Facts, keep: Keep, model: nn.Module, bias: dict[str, torch.Tensor]) -> Plan:
+def _extract(
+    given: Capture, s: Structure, facts: Facts, keep: Keep, model: nn.Module, bias: dict[str, torch.Tensor]
+) -> Plan:
     kept: dict[str, dict[int, torch.Tensor]] = {}
     for key in s.known():
         info = s.trace.info(Ref(key))
@@ -107,7 +112,7 @@ def _extract(s: Structure, facts: Facts, keep: Keep, model: nn.Module, bias: dic
     shapes = {fqn: s.trace.info(Ref(key)).shape for key in s.known() for fqn in s.trace.info(Ref(key)).all_fqns}
     shapes = {fqn: shapes[fqn] for fqn in kept}
     exchanged = swaps(model, kept, _normalised(s, keep))
-    attrs = attributes(s, keep, model) | nested_encoders(model, exchanged)
+    attrs = attributes(s, keep, model, lambda: given.uses) | nested_encoders(model, exchanged)
     blocked, cut = _blocked(s, facts, keep), resized(s, lambda var: keep.kept[var])
     return Plan(kept, attrs, bias, blocked, shapes, exchanged, cut)
 
