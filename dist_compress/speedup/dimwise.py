@@ -14,9 +14,8 @@ from dist_compress.tracing import Op, Ref
 _ZERO_OF_ZEROS = frozenset("mean sum amax amin max min var std prod any linalg_vector_norm norm".split())
 
 # What these make of one number depends on how often it is there.
-_COUNTING = frozenset(
-    "sum prod _softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp logsumexp linalg_vector_norm norm".split()
-)
+_COUNTING = frozenset("sum prod cumsum cumprod linalg_vector_norm norm".split())
+_COUNTING_ZEROS = frozenset("_softmax _log_softmax _safe_softmax logsumexp logcumsumexp".split())
 
 
 class Dimwise(Rule):
@@ -68,6 +67,8 @@ class Dimwise(Rule):
     def _size_dependent(self, op: Op, f, special: set[int]) -> torch.Tensor:
         """Constants of which the op makes something else where inputs have more tokens or pixels."""
         x = op.inputs[0]
+        if op.name in _COUNTING_ZEROS:
+            return sets.uniform(len(f.shape(x)), True)
         constants = f.constants(x)
         if not bool(constants.any()):
             return constants
