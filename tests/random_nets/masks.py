@@ -31,7 +31,7 @@ def mask_slices(b: Builder, rng: random.Random) -> None:
         norm = b.net.get_submodule(reader)
         if maker in rows and "Norm" in type(norm).__name__ and getattr(norm, "weight", None) is not None:
             for name in ("weight", "bias") if rng.random() < 0.7 else ():
-                if len(norm.weight) > max(rows[maker]):
+                if rows[maker] and len(norm.weight) > rows[maker][-1]:
                     _zero(norm, name, 0, rows[maker])
     for fqn, parameter in b.net.named_parameters():
         owner, _, name = fqn.rpartition(".")
