@@ -9,7 +9,9 @@ from dist_compress.speedup.plan import Blocked, Plan
 from dist_compress.speedup.planning import plan
 from dist_compress.speedup.rule import Rule
 from dist_compress.speedup.settings import Settings
+from dist_compress.speedup.shards import apply_to_shard
 from dist_compress.speedup.verify import verify
+from dist_compress.tracing import concrete_trace
 
 __all__ = [
     "Barrier",
@@ -23,8 +25,10 @@ __all__ = [
     "Rule",
     "Settings",
     "apply",
+    "apply_to_shard",
     "apply_to_state",
     "capture",
+    "concrete_trace",
     "coupling",
     "mask_units",
     "plan",

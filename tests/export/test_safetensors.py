@@ -124,6 +124,70 @@ def test_ties_are_saved_once_and_come_back_tied(tmp_path, monkeypatch):
     assert loaded.a.weight is loaded.b.weight
 
 
+class TiedTagger(nn.Module):
+    """Word embedding and classifier are one matrix; the attention counts its heads in its own code."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.qkv, self.proj = nn.Embedding(11, 8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.classify = nn.Linear(8, 11, bias=False)
+        self.classify.weight = self.embed.weight
+
+    def forward(self, words):
+        x = self.embed(words)
+        q, k, v = self.qkv(x).view(x.size(0), -1, 3, 4, 2).permute(2, 0, 3, 1, 4)
+        x = (q @ k.mT).softmax(-1) @ v
+        return self.classify(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+def test_a_pruned_model_of_ties_and_rewritten_graphs_comes_back(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "their_models", sys.modules[__name__])
+    config, words = ModelConfig(target={"_target_": "their_models.TiedTagger"}), torch.randint(0, 11, (2, 5))
+    model = TiedTagger().eval()
+    with torch.no_grad():
+        for tensor in (model.qkv.weight, model.qkv.bias):
+            tensor.view(3, 4, 2, -1)[:, 1] = 0  # a head
+        model.embed.weight[:, 3] = 0
+        model.proj.weight[3], model.proj.bias[3] = 0, 0
+    wanted, plan = model(words), speedup.plan(model, (words,))
+    small = apply(copy.deepcopy(model), plan)
+    assert set(plan.graphs) == {""} and small.qkv.weight.shape == (18, 7)
+    safetensors.export(tmp_path, small, plan, Config(model=config), ((words,), {}))
+    assert safetensors.check(tmp_path, small, ((words,), {})) == 0.0
+    loaded = dist_compress.load(tmp_path, trust=True)
+    assert loaded.classify.weight is loaded.embed.weight and loaded.embed.weight.shape == (11, 7)
+    assert speedup.verify(wanted, loaded(words)) < 1e-6
+
+
+LLAMA = {
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def test_a_plan_of_a_tied_language_model_is_replayed(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model, words = LlamaForCausalLM(LlamaConfig(**LLAMA)).eval(), torch.randint(0, 32, (2, 5))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate_proj.weight[::3] = 0
+            layer.self_attn.v_proj.weight[:4] = 0  # one key head, and the two query heads that read it
+    wanted, plan = model(words).logits, speedup.plan(model, (), {"input_ids": words})
+    small = apply(copy.deepcopy(model), plan)
+    assert small.model.layers[0].self_attn.q_proj.weight.shape == (8, 16)
+    plan.save(tmp_path)
+    safetensors.save_file(safetensors._state(small), tmp_path / "model.safetensors")
+    again = apply(LlamaForCausalLM(LlamaConfig(**LLAMA)), Plan.load(tmp_path)).eval()
+    models.load_weights(again, tmp_path / "model.safetensors")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert speedup.verify(wanted, again(words).logits) < 1e-5
+    assert again.generate(words, max_new_tokens=3, do_sample=False).tolist() == (
+        small.generate(words, max_new_tokens=3, do_sample=False).tolist()
+    )
+
+
 def test_what_a_folder_names_is_called_only_when_trusted(tmp_path):
     """`torch.load` of a pickle, say, is not on any list of what Hydra refuses to call."""
     config = ModelConfig(target={"_target_": "torchvision.models.squeezenet1_1", "num_classes": 7})
