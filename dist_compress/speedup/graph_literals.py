@@ -95,13 +95,15 @@ def _keywords(call: Call) -> Iterator[tuple[str, Any]]:
 def _parts(call: Call) -> Changes:
     """Splits: the sizes of the parts."""
     assert call.outputs is not None
-    path, how = ("1", call.args[1]) if len(call.args) > 1 else next(_keywords(call))
+    keywords = (item for item in _keywords(call) if item[0] not in ("kwargs.input", "kwargs.dim"))
+    path, how = ("1", call.args[1]) if len(call.args) > 1 else next(keywords)
     dim = call.args[2] if len(call.args) > 2 else call.kwargs.get("dim", 0)
     sizes = [int(out[dim].sum()) for out in call.outputs]
     even = torch.arange(sum(sizes))
     if call.name == "chunk":
         if len(sizes) == how and [len(part) for part in even.chunk(how)] == sizes:
             return {}
+        path = path.replace("chunks", "indices")
         return {"target": "tensor_split", path: list(accumulate(sizes))[:-1]}
     if call.name == "tensor_split":
         if type(how) is int and [len(part) for part in even.tensor_split(how)] == sizes:
@@ -175,9 +177,10 @@ def _scale(call: Call, query: list[Kept]) -> Changes:
 def changed(tree: Any, changes: Changes) -> tuple[Any, ...]:
     """(target, args, kwargs) with the changes in it."""
     target, args, kwargs = tree
+    args, kwargs = list(args), dict(kwargs)
     if "target" in changes:
         target = _renamed(target, changes["target"])
-    args, kwargs = list(args), dict(kwargs)
+        kwargs.pop("chunks", None)  # tensor_split calls them indices
     for path, value in changes.items():
         if path == "target":
             continue

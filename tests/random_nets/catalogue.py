@@ -233,7 +233,7 @@ def feature_norm(b: Builder, i: int) -> int:
     width = b.sizes(i)[-1]
     if len(b.sizes(i)) == 1 and b.maybe(0.6):
         return b.add(nn.BatchNorm1d(width), i)
-    return b.add(b.pick(nn.LayerNorm, nn.RMSNorm)(width, elementwise_affine=b.maybe(0.8)), i)
+    return b.add(b.pick(nn.LayerNorm, nn.RMSNorm)(width, eps=1e-6, elementwise_affine=b.maybe(0.8)), i)
 
 
 def mlp(b: Builder, i: int) -> int:

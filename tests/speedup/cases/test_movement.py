@@ -31,6 +31,8 @@ def test_slices_by_shape_follow(shrink):
 CUTS = {
     "split": (lambda x: x.split([4, 6], 1), [1, 7, 8]),
     "chunk": (lambda x: x.chunk(2, 1), [1, 7, 8]),
+    "chunk by name": (lambda x: torch.chunk(x, dim=1, chunks=2), [1, 7, 8]),
+    "split by name": (lambda x: torch.split(x, dim=1, split_size_or_sections=5), [1, 7, 8]),
     "tensor_split": (lambda x: x.tensor_split([4], 1), [1, 7, 8]),
     "narrow": (lambda x: (x.narrow(1, 0, 4), x.narrow(1, 4, 6)), [1, 7, 8]),
     "slice": (lambda x: (x[:, :4], x[:, 4:]), [1, 7, 8]),
