@@ -95,18 +95,18 @@ class Fill(Pointwise):
 
 
 class New(Rule):
-    """x.new_zeros(size): the type of x, none of its values or sizes."""
+    """zeros(size), x.new_full(size, 2): one number everywhere, so that any of its slices may go."""
 
     makes_zeros = True
 
     def link(self, op: Op, s: Structure) -> None:
-        s.pin_all(op.out, "creates a tensor of a fixed size", op)
+        s.dims(op.out)
 
     def taint(self, op: Op, f) -> list[torch.Tensor]:
         return [sets.uniform(rank(op.out, f), False)]
 
     def nonzero(self, op: Op, f) -> list[torch.Tensor]:
-        return [sets.uniform(rank(op.out, f), op.name not in ("new_zeros", "new_empty"))]
+        return [sets.uniform(rank(op.out, f), op.name not in ("zeros", "empty", "new_zeros", "new_empty"))]
 
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
         return ()

@@ -27,7 +27,7 @@ _NAMES: dict[Rule, str] = {
     "relu relu6 sigmoid tanh softplus log_sigmoid_forward nan_to_num floor_divide pow polar complex "
     "resolve_conj resolve_neg _conj _neg_view",
     elementwise.Choice(): "masked_fill where",
-    elementwise.New(): "new_zeros new_ones new_full new_empty",
+    elementwise.New(): "new_zeros new_ones new_full new_empty zeros ones full empty",
     elementwise.Restride(): "as_strided",
     Rule(): "as_strided_scatter",
     elementwise.Product(): "mul",
@@ -35,8 +35,9 @@ _NAMES: dict[Rule, str] = {
     elementwise.Copy(): "copy",
     elementwise.Fill(): "fill zero zeros_like ones_like full_like empty_like rand_like randn_like",
     movement.View(): "view _unsafe_view reshape _reshape_alias",
-    movement.Move(): "permute transpose t numpy_T unsqueeze squeeze expand select slice split split_with_sizes unbind "
-    "flip repeat diagonal narrow unfold movedim pixel_shuffle pixel_unshuffle",
+    movement.Move(): "permute transpose t numpy_T unsqueeze squeeze expand select slice split split_with_sizes "
+    "unsafe_split unsafe_split_with_sizes unsafe_chunk unbind flip repeat diagonal narrow unfold movedim "
+    "pixel_shuffle pixel_unshuffle",
     movement.Index(indexing.AdvancedIndex()): "index",
     movement.Index(indexing.IndexSelect()): "index_select",
     movement.Roll(): "roll",

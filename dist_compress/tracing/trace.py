@@ -123,6 +123,9 @@ def _module_paths(recorder: _Recorder) -> Iterator[None]:
         try:
             if recorder.leaves is not None and recorder.leaves(module):
                 output = recorder.run_leaf(original, module, args, kwargs)
+            elif isinstance(module, nn.RNNBase):
+                with _unfused():
+                    output = original(module, *args, **kwargs)
             else:
                 output = original(module, *args, **kwargs)
         except Exception:
@@ -150,6 +153,17 @@ def _writes(func: OpOverload) -> tuple[tuple[int, str], ...]:
 def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     found = [args[i] if i < len(args) else kwargs.get(name) for i, name in _writes(func)]
     return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+
+
+@contextlib.contextmanager
+def _unfused() -> Iterator[None]:
+    """Recurrent layers as the matmuls of their steps, not as one fused call that hides what its weights do."""
+    onednn = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(onednn)
 
 
 class _Recorder(TorchDispatchMode):
@@ -303,11 +317,14 @@ class _Recorder(TorchDispatchMode):
             return self._new(tensor, "const")
         if key in self.stale:
             writer, old = self.stale.pop(key), self.current[key]
+            overlay = Overlay(Layout.of(tensor), Layout.of(writer))
+            if tensor.dtype == writer.dtype and not bool((overlay.index() >= 0).any()):  # other parts of the memory
+                return old
             source = self.current[id(writer)]
             dependent = self.trace.info(source).dependent or self.trace.info(old).dependent
             new = self._new(tensor, "value", dependent=dependent)
             args: tuple[Any, ...] = (old, source)
-            target: Any = Overlay(Layout.of(tensor), Layout.of(writer))
+            target: Any = overlay
             if tensor.dtype != writer.dtype:  # a view of the bytes: a barrier
                 target, args = torch.ops.aten.as_strided_scatter.default, (old, source, [], [], 0)
             self.trace.tape.append(Op(target, args, {}, (old, source), (new,), self._module()))
