@@ -58,8 +58,8 @@ def _same_map(old: DimMap, new: DimMap, source: list[torch.Tensor], target: list
 def _read(new: DimMap, position: int, dim: int, source: torch.Tensor, size: int) -> torch.Tensor:
     """Which recorded positions of `dim` output dim `position` holds; -1 for a constant."""
     from_dim, index = new.dims[position]
-    if from_dim is None:  # a dim of which one position is left
-        index = torch.zeros(size, dtype=torch.int64)
+    if from_dim is None:  # one position is read
+        index = torch.full((size,), new.fixed.get(dim, 0))
     elif from_dim != dim:
         return torch.full((size,), -2)
     elif index is None:
