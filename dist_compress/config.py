@@ -106,6 +106,7 @@ class PruningConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     compute: str = "channels"  # channels | params | macs: the currency of a global group
     config_list: list[dict[str, Any]] = field(default_factory=list)
+    default_settings: dict[str, Any] = field(default_factory=dict)  # {module type: {target: {key: value}}}
     stages: list[dict[str, Any]] = field(default_factory=list)  # reserved
 
 

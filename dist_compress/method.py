@@ -70,6 +70,10 @@ class Method:
         """The model was shrunk in place since `detach`: `transform({parameter name: tensor})` slices tensors alike.
         Collective. From here on only what stays (zeros that could not be removed) is kept up."""
 
+    def notes(self) -> list[str]:
+        """Lines for the user once the method is attached, such as what of the config was overridden. Local."""
+        return []
+
     def metrics(self) -> dict[str, float]:
         """Series to log, e.g. {"pruning/sparse_ratio": 0.4}. Local, cheap."""
         return {}

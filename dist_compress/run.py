@@ -94,6 +94,8 @@ class Job:
             self.trainer.phase = phase
             rest = ": trained to the end, delivering again" if self.trainer.step >= self.length.total_steps else ""
             self.reporter.event(f"resumed at step {self.trainer.step} from {newest.name}{rest}", self.trainer.step)
+        for line in [] if newest else [line for method in self.methods for line in method.notes()]:
+            self.reporter.event(line, 0)
         comm.on_rank0(lambda: (self.run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8"))
 
     def dense_model(self) -> nn.Module:

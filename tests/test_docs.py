@@ -28,7 +28,8 @@ from dist_compress import compose, config, pruning
 from dist_compress.errors import UserError
 from dist_compress.method import Context
 from dist_compress.projection import Projection
-from dist_compress.pruning import config_list
+from dist_compress.pruning import entry, selection, setting
+from dist_compress.pruning.blocks import NAMES
 from dist_compress.target import Coupling
 from dist_compress.training import checkpoint
 
@@ -91,9 +92,9 @@ def test_a_missing_key_would_be_seen():
 def test_the_pruning_page_has_every_key_of_the_config_list():
     found = {row[0]: row for row in rows(text("docs/pruning.md"))}
     said = {key.strip("` ") for row in found for key in row.split(",")}
-    assert said >= {*config_list.SELECTORS, *config_list.EXCLUDES, *config_list._VALUES, *config_list.GRANULARITIES}
-    for key in dataclasses.fields(config_list.Setting):
-        if key.name in ("min_sparse_ratio", "max_sparse_ratio", "granularity", "dependency_group_id"):
+    assert said >= {*selection.SELECTORS, *selection.EXCLUDES, *entry.TARGETS, *setting.VALUES, *NAMES}
+    for key in dataclasses.fields(setting.Setting):
+        if key.name in ("min_sparse_ratio", "max_sparse_ratio", "granularity", "dependency_group_id", "apply_method"):
             assert found[f"`{key.name}`"][2] == str(key.default)
 
 

@@ -1,7 +1,8 @@
-"""Element granularity: single weights, scored and counted by one rank each; nobody holds all scores.
+"""Blocks of weights, single weights and N:M patterns: scored and counted by one rank each; nobody holds all scores.
 
-Each rank owns a slice of every tensor. What it decides for its slice reaches the others as packed bits, so
-replicated masks have equal bits even if replicas had drifted apart.
+Each rank owns a slice of every tensor's blocks. What it decides for its slice reaches the others as packed bits, so
+replicated masks have equal bits even if replicas had drifted apart. A threshold becomes a count, which needs one more
+sum over the ranks; then it is a ratio like any other. N:M patterns are decided where they lie.
 """
 
 from __future__ import annotations
@@ -9,61 +10,79 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import nn
 
+from dist_compress import comm
 from dist_compress.errors import UserError
-from dist_compress.pruning.config_list import Setting
+from dist_compress.pruning.blocks import Blocks
 from dist_compress.pruning.mask import gather_bits, offsets, owned_slice, owners
 from dist_compress.pruning.metric import Metric
-from dist_compress.pruning.select import Group, Shard, select
-from dist_compress.pruning.sparsity import count_bounds, share
+from dist_compress.pruning.select import Group, Shard, score_key, select, tie_key
+from dist_compress.pruning.setting import Setting
+from dist_compress.pruning.sparsity import count_bounds, share, threshold, threshold_count
 from dist_compress.target import Coupling
 
 
 @dataclass(frozen=True)
-class ElementTensor:
-    """The weight of one target."""
+class BlockTensor:
+    """A target that is decided by blocks of weights; a single weight is a block of one."""
 
     name: str  # of the parameter, its first one
-    num: int
-    base: int  # global index of its first element
-    cost: int  # of one element, in the currency of its global group
+    base: int  # global index of its first block
+    cost: int  # of one block, in the currency of its global group
     setting: Setting
+    blocks: Blocks
+
+    @property
+    def num(self) -> int:
+        return self.blocks.num
+
+    def owned(self) -> tuple[int, int]:
+        """The blocks [start, end) that this rank decides. Local."""
+        start, end = owned_slice(self.num // self.blocks.group)
+        return start * self.blocks.group, end * self.blocks.group
 
 
 class Elements:
-    """All element targets. `removed` is the decision so far: {parameter: bool, flat}, the same on every
+    """All targets by blocks. `removed` is the decision so far: {parameter: bool [num blocks]}, the same on every
     rank."""
 
     def __init__(self, settings: Sequence[Setting], model: nn.Module, coupling: Coupling, compute: str) -> None:
         names, starts = owners(model), offsets(model)
         macs = {layer.fqn: layer.macs for layer in coupling.layers}
         self.removed: dict[str, torch.Tensor] = {}
-        self.groups: dict[str, list[ElementTensor]] = {}
+        self.groups: dict[str, list[BlockTensor]] = {}
         for setting in settings:
-            if setting.align or setting.granularity != "element":
+            if setting.align or setting.by_units:
                 continue
-            name = names[f"{setting.module}.weight"]
+            name = names[setting.parameter]
             if name in self.removed:
                 raise UserError(
-                    f"{setting.said_by('granularity')}: {setting.module} shares its weight {name} with another target. "
+                    f"{setting.said_by('granularity')}: {setting.name} shares its weight {name} with another target. "
                     "Exclude one of them with exclude_op_names."
                 )
             weight = model.get_parameter(name)
-            self.removed[name] = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+            kind = type(model.get_submodule(setting.module)).__name__
+            blocks = Blocks.of(setting.granularity, weight.shape, kind, f"{setting.name}: granularity")
+            self.removed[name] = torch.zeros(blocks.num, dtype=torch.bool, device=weight.device)
             in_macs = compute == "macs" and setting.global_group_id is not None
-            if in_macs and macs.get(setting.module, 0) < weight.numel():
-                raise UserError(f"pruning.compute=macs: the trace has no MACs for {setting.module}. Use params.")
-            cost = macs[setting.module] // weight.numel() if in_macs else 1
-            tensor = ElementTensor(name, weight.numel(), starts[name], cost, setting)
-            group = f"global_group_id={setting.global_group_id!r}" if setting.global_group_id else setting.module
+            if in_macs and (setting.target != "weight" or macs.get(setting.module, 0) < weight.numel()):
+                raise UserError(
+                    f"pruning.compute=macs: the trace has no MACs for {setting.name} "
+                    f"({setting.said_by('global_group_id')}). Use params."
+                )
+            each = macs[setting.module] // weight.numel() if in_macs else 1
+            tensor = BlockTensor(name, starts[name], each * blocks.size, setting, blocks)
+            group = f"global_group_id={setting.global_group_id!r}" if setting.global_group_id else setting.name
             self.groups.setdefault(group, []).append(tensor)
         for tensors in self.groups.values():
-            _target(tensors, 1.0)
+            if _has_ratio(tensors[0].setting):
+                _target(tensors, 1.0)
 
-    def tensors(self) -> list[ElementTensor]:
+    def tensors(self) -> list[BlockTensor]:
         return [tensor for tensors in self.groups.values() for tensor in tensors]
 
     def decide(
@@ -73,42 +92,50 @@ class Elements:
         latent: Callable[[str], torch.Tensor],
         grads: Mapping[str, torch.Tensor],
     ) -> None:
-        """Update `removed`. Collective. `metrics` by module; `grads` holds this rank's slices of flat
-        gradients."""
-        groups, parts = [], []
-        for name, tensors in self.groups.items():
-            shards = []
-            for tensor in tensors:
-                start, end = owned_slice(tensor.num)
-                weight = latent(tensor.name).flatten()[start:end, None]
-                scores = metrics[tensor.setting.module].block_scores(weight, grads.get(tensor.name)).float()
-                scores = scores.masked_fill(self.removed[tensor.name][start:end], -torch.inf)
-                shards.append(Shard(tensor.setting.module, tensor.base + start, scores, tensor.cost))
-            target, bounds = _target(tensors, fraction)
-            groups.append(Group(name, target, [t.setting.module for t in tensors], shards, bounds))
-        for masks in select(groups):
-            parts.extend(masks)
+        """Update `removed`. Collective. `metrics` by target; `grads` holds this rank's blocks of the gradients."""
         tensors = self.tensors()
-        for tensor, removed in zip(tensors, gather_bits(parts, [t.num for t in tensors]), strict=True):
+        shards: dict[str, Shard] = {}
+        for tensor in tensors:
+            start, end = tensor.owned()
+            rows = tensor.blocks.rows(latent(tensor.name))[start:end]
+            scores = metrics[tensor.setting.name].block_scores(rows, grads.get(tensor.name)).float()
+            scores = scores.masked_fill(self.removed[tensor.name][start:end], -torch.inf)
+            shards[tensor.name] = Shard(tensor.setting.name, tensor.base + start, scores, tensor.cost)
+        counts = _count_below(tensors, shards, fraction)
+        groups = []
+        for name, members in self.groups.items():
+            if not members[0].setting.pattern:
+                target, bounds = counts.get(members[0].name), {}
+                if target is None:
+                    target, bounds = _target(members, fraction)
+                own = [shards[t.name] for t in members]
+                groups.append(Group(name, target, [s.module for s in own], own, bounds))
+        chosen = iter([mask for masks in select(groups) for mask in masks])
+        parts = [_pattern(t, shards[t.name], fraction) if t.setting.pattern else next(chosen) for t in tensors]
+        bits = gather_bits(parts, [t.num for t in tensors], [t.blocks.group for t in tensors])
+        for tensor, removed in zip(tensors, bits, strict=True):
             self.removed[tensor.name] = removed
 
-    def masks(self, model: nn.Module) -> dict[str, torch.Tensor]:
+    def masks(self) -> dict[str, torch.Tensor]:
         """{parameter: bool, True = keep}."""
-        return {name: ~gone.view(model.get_parameter(name).shape) for name, gone in self.removed.items()}
+        return {t.name: t.blocks.spread(~self.removed[t.name]) for t in self.tensors()}
 
-    def given(self, tensors: Sequence[ElementTensor]) -> float:
+    def given(self, tensors: Sequence[BlockTensor]) -> float:
         """Fraction of the cost of a group that is removed."""
         gone = sum(int(self.removed[t.name].sum()) * t.cost for t in tensors)
         return gone / sum(t.num * t.cost for t in tensors)
 
 
-def _target(tensors: Sequence[ElementTensor], fraction: float) -> tuple[int, dict[str, tuple[int, int]]]:
-    """(cost to remove, bounds in elements by module) of a group. Raises UserError when the bounds forbid
-    the ratio."""
+def _has_ratio(setting: Setting) -> bool:
+    return setting.sparse_threshold is None and not setting.pattern
+
+
+def _target(tensors: Sequence[BlockTensor], fraction: float) -> tuple[int, dict[str, tuple[int, int]]]:
+    """(cost to remove, bounds in blocks by target) of a group. Raises UserError when the bounds forbid the ratio."""
     setting = tensors[0].setting
     ratio = share(setting.sparse_ratio, fraction)
     if setting.global_group_id is None:
-        return math.floor(ratio * tensors[0].num), {}
+        return math.floor(ratio * tensors[0].num) * tensors[0].cost, {}
     total = sum(t.num * t.cost for t in tensors)
     exact = [
         sum(share(getattr(t.setting, key), f) * t.num * t.cost for t in tensors)
@@ -120,18 +147,59 @@ def _target(tensors: Sequence[ElementTensor], fraction: float) -> tuple[int, dic
             f"{float(ratio * total):.6g} of {total}, but min_sparse_ratio and max_sparse_ratio of its members allow "
             f"{float(exact[0]):.6g} to {float(exact[1]):.6g} only. Change one of them."
         )
-    bounds = {t.setting.module: count_bounds(t.num, t.setting, fraction) for t in tensors}
-    low, high = (sum(bounds[t.setting.module][k] * t.cost for t in tensors) for k in (0, 1))
-    free = all(bounds[t.setting.module] == (0, t.num) for t in tensors)
+    bounds = {t.setting.name: count_bounds(t.num, t.setting, fraction) for t in tensors}
+    low, high = (sum(bounds[t.setting.name][k] * t.cost for t in tensors) for k in (0, 1))
+    free = all(bounds[t.setting.name] == (0, t.num) for t in tensors)
     return min(max(math.ceil(ratio * total), low), high), {} if free else bounds
 
 
+def _count_below(tensors: Sequence[BlockTensor], shards: Mapping[str, Shard], fraction: float) -> dict[str, int]:
+    """{parameter: cost to remove} of the targets with a threshold. Collective if any target has one or is a pattern,
+    whose NaN scores it refuses."""
+    local = [t for t in tensors if not _has_ratio(t.setting)]
+    if not local:
+        return {}
+    rows = []
+    for t in local:
+        scores = shards[t.name].scores
+        asked = t.setting.sparse_threshold is not None
+        below = scores < threshold(t.setting, fraction) if asked else torch.zeros_like(scores, dtype=torch.bool)
+        rows.append(torch.stack([(below | (scores == -torch.inf)).sum(), scores.isnan().sum()]))
+    table = comm.all_reduce(torch.stack(rows)).tolist()
+    counts = {}
+    for t, (below, nan) in zip(local, table, strict=True):
+        if nan:
+            raise UserError(
+                f"{t.setting.name}: {nan} pruning scores ({t.setting.said_by('method')}) are NaN. Its weights or "
+                "gradients have diverged; lower optim.lr or prune later."
+            )
+        if t.setting.sparse_threshold is not None:
+            counts[t.name] = threshold_count(below, t.num, t.setting, fraction) * t.cost
+    return counts
+
+
+def _pattern(tensor: BlockTensor, shard: Shard, fraction: float) -> torch.Tensor:
+    """bool [owned]: the least important of each M consecutive weights, as many as are due. Local."""
+    assert tensor.setting.pattern
+    keep, of = tensor.setting.pattern
+    count = math.floor(Fraction(str(fraction)) * (of - keep))
+    index = shard.base + torch.arange(len(shard.scores), device=shard.scores.device)
+    by_tie = tie_key(index).view(-1, of).argsort(1)
+    order = by_tie.gather(1, score_key(shard.scores).view(-1, of).gather(1, by_tie).argsort(stable=True, dim=1))
+    gone = torch.zeros_like(order, dtype=torch.bool)
+    return gone.scatter_(1, order[:, :count], True).flatten()
+
+
 def keep_gradients(elements: Elements, model: nn.Module) -> dict[str, torch.Tensor]:
-    """This rank's slice of the reduced gradient of every tensor, flat; zeros where there is none. Local."""
+    """This rank's blocks of the reduced gradient of every tensor, [owned, weights of a block]; zeros where there is
+    none. Local."""
     grads = {}
     for tensor in elements.tensors():
-        start, end = owned_slice(tensor.num)
-        grad = model.get_parameter(tensor.name).grad
-        flat = torch.zeros(end - start, 1) if grad is None else grad.detach().flatten()[start:end, None].clone()
-        grads[tensor.name] = flat.to(elements.removed[tensor.name].device)
+        start, end = tensor.owned()
+        parameter = model.get_parameter(tensor.name)
+        grad = parameter.grad
+        if grad is None:
+            grads[tensor.name] = torch.zeros(end - start, tensor.blocks.size, device=parameter.device)
+        else:
+            grads[tensor.name] = tensor.blocks.rows(grad.detach())[start:end].clone()
     return grads

@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 from dist_compress import comm
-from dist_compress.errors import UserError
 from dist_compress.hashing import splitmix64
-from dist_compress.pruning.config_list import Setting
 from dist_compress.pruning.units import UnitSet
 
 
@@ -50,44 +48,6 @@ def unit_masks(model: nn.Module, sets: Sequence[UnitSet], removed: Sequence[torc
     return masks
 
 
-def check_aligned(model: nn.Module, settings: Sequence[Setting], masked: Mapping[str, object]) -> None:
-    """Raise UserError unless every `align` names a masked parameter of a fitting size. Local."""
-    names = owners(model)
-    for setting in settings:
-        if setting.align is None:
-            continue
-        source = f"{setting.align.module_name}.{setting.align.target_name}"
-        said, dim = setting.said_by("align"), setting.align.dims[0]
-        if names.get(source) not in masked:
-            known = ", ".join(list(masked)[:20]) or "none"
-            raise UserError(f"{setting.module}: {said}: {source} is not masked by pruning. Masked: {known}.")
-        shape = model.get_parameter(source).shape
-        if not -len(shape) <= dim < len(shape):
-            raise UserError(f"{setting.module}: {said}: {source} has {len(shape)} dimensions.")
-        own = model.get_parameter(f"{setting.module}.weight").shape[0]
-        if own != shape[dim]:
-            raise UserError(f"{setting.module}: {said}: dimension {dim} of {source} is {shape[dim]}, not {own}.")
-
-
-def align(model: nn.Module, settings: Sequence[Setting], masks: dict[str, torch.Tensor]) -> None:
-    """Add the masks of the aligned modules: dim 0 of weight and bias is alive where the source's slice has
-    anything."""
-    names = owners(model)
-    for setting in settings:
-        if setting.align is None:
-            continue
-        source = f"{setting.align.module_name}.{setting.align.target_name}"
-        shape = model.get_parameter(source).shape
-        dim = setting.align.dims[0] % len(shape)
-        full = masks[names[source]].expand(shape).movedim(dim, 0)
-        vector = full.reshape(shape[dim], -1).any(1)
-        for name, parameter in model.get_submodule(setting.module).named_parameters(recurse=False):
-            if parameter.shape[:1] == vector.shape:
-                key = names[f"{setting.module}.{name}"]
-                mask = vector.view(-1, *[1] * (parameter.dim() - 1))
-                masks[key] = masks[key] & mask if key in masks else mask
-
-
 def fingerprint(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> str:
     """16 hex digits: the sum of splitmix64(global index) over removed elements, mod 2^64.
 
@@ -107,19 +67,22 @@ def owned_slice(num: int) -> tuple[int, int]:
     return min(num, num_bytes * rank // size * 8), min(num, num_bytes * (rank + 1) // size * 8)
 
 
-def gather_bits(parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Bool [sizes[i]] of every tensor from each rank's `owned_slice` of it, n / 8 bytes in all.
-    Collective."""
+def gather_bits(
+    parts: Sequence[torch.Tensor], sizes: Sequence[int], widths: Sequence[int] | None = None
+) -> list[torch.Tensor]:
+    """Bool [sizes[i]] of every tensor from each rank's part of it, n / 8 bytes in all. A rank's part is its
+    `owned_slice`, counted in runs of `widths[i]` bits (1). Collective."""
+    widths = widths or [1] * len(sizes)
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + -(-size // 8))
     device = parts[0].device if parts else torch.device("cpu")
     packed = torch.zeros(starts[-1], dtype=torch.uint8, device=device)
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=device)
-    for part, size, start in zip(parts, sizes, starts, strict=False):
+    for part, size, width, start in zip(parts, sizes, widths, starts, strict=False):
         if len(part):
             bits = torch.nn.functional.pad(part.to(torch.uint8), (0, -len(part) % 8)).view(-1, 8)
-            first = start + owned_slice(size)[0] // 8
+            first = start + owned_slice(size // width)[0] // 8 * width
             packed[first : first + len(bits)] = (bits * weights).sum(1, dtype=torch.uint8)
     comm.all_reduce(packed)  # every byte has one owner, so the sum is a copy
     return [

@@ -7,10 +7,10 @@ selection, masks, schedules, ranks.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -92,8 +92,8 @@ def slices(tensor: torch.Tensor, member: Member) -> torch.Tensor:
 
 def build_metric(name: str, options: dict[str, Any], key: str) -> Metric:
     """The metric of method `name`, configured under `key`. Local. Raises UserError."""
-    module = method.load("pruning", f"{key}.method", name)
-    kind = _metric_class(module, f"{key}.method={name!r}")
+    kind = metric_class(name, key)
+    module = importlib.import_module(kind.__module__)
     if not hasattr(module, "Options"):
         raise UserError(
             f"{key}.method={name!r}: {module.__name__} has no dataclass `Options`. Add one, empty if need be."
@@ -101,7 +101,9 @@ def build_metric(name: str, options: dict[str, Any], key: str) -> Metric:
     return kind(merge(module.Options, options, f"{key}.options"))
 
 
-def _metric_class(module: ModuleType, what: str) -> type[Metric]:
+def metric_class(name: str, key: str) -> type[Metric]:
+    """The metric that the file of method `name` defines. Local. Raises UserError."""
+    module = method.load("pruning", f"{key}.method", name)
     found = [
         kind
         for _, kind in inspect.getmembers(module, inspect.isclass)
@@ -109,5 +111,7 @@ def _metric_class(module: ModuleType, what: str) -> type[Metric]:
     ]
     if len(found) != 1:
         names = ", ".join(kind.__name__ for kind in found) or "none"
-        raise UserError(f"{what}: {module.__name__} must define one subclass of Metric, but has {names}.")
+        raise UserError(
+            f"{key}.method={name!r}: {module.__name__} must define one subclass of Metric, but has {names}."
+        )
     return found[0]

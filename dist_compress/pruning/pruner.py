@@ -20,14 +20,16 @@ from dist_compress.errors import UserError
 from dist_compress.method import Context, Method
 from dist_compress.pruning import mask as masking
 from dist_compress.pruning import results
-from dist_compress.pruning.config_list import Setting, resolve
+from dist_compress.pruning.aligning import align, check_aligned
+from dist_compress.pruning.config_list import overrides, resolve
 from dist_compress.pruning.elements import Elements, keep_gradients
 from dist_compress.pruning.gates import Gates
 from dist_compress.pruning.listener import Listener
 from dist_compress.pruning.metric import Metric, View, build_metric
 from dist_compress.pruning.outputs import Outputs
 from dist_compress.pruning.schedule import decisions
-from dist_compress.pruning.sparsity import Budget, Ranked, budget, share
+from dist_compress.pruning.setting import Setting
+from dist_compress.pruning.sparsity import Budget, Ranked, budget, decide_alone
 from dist_compress.pruning.units import collect
 
 Masks = dict[str, torch.Tensor]
@@ -58,7 +60,7 @@ class Pruner(Method):
         self.sets, self.kept = collect(self.settings, context.coupling, model)
         self.elements = Elements(self.settings, model, context.coupling, self.config.compute)
         if not self.sets and not self.elements.groups:
-            reasons = "; ".join(f"{k.module}: {k.reason}" for k in self.kept[:10])
+            reasons = "; ".join(f"{k.name}: {k.reason}" for k in self.kept[:10])
             raise UserError(
                 f"pruning.config_list: no target can be pruned. {reasons}. Name other modules, or what these "
                 "are coupled with; pruning=none trains without."
@@ -69,8 +71,8 @@ class Pruner(Method):
         self.budgets = self._budgets()
         for group in self.budgets.values():
             group.target(1.0)
-        masking.check_aligned(model, self.settings, self._target_masks())
-        driven = [s for s in self.settings if not s.align and self.scorers[s.module].data_driven]
+        check_aligned(model, self.settings, self._target_masks())
+        driven = [s for s in self.settings if not s.align and self.scorers[s.name].data_driven]
         self.schedule = decisions(
             self.config.schedule,
             context.total_steps,
@@ -101,9 +103,9 @@ class Pruner(Method):
         budgets = {}
         for gid in dict.fromkeys(s.setting.global_group_id for s in self.sets if s.setting.global_group_id is not None):
             sets = [s for s in self.sets if s.setting.global_group_id == gid]
-            modules = [s.module for s in self.settings if s.global_group_id == gid and not s.align]
+            members = [s for s in self.settings if s.global_group_id == gid and not s.align]
             context = self.context
-            budgets[gid] = budget(gid, sets, self.config.compute, context.coupling, context.model, modules)
+            budgets[gid] = budget(gid, sets, self.config.compute, context.coupling, context.model, members)
         return budgets
 
     def change_steps(self) -> list[int]:
@@ -151,8 +153,7 @@ class Pruner(Method):
         ranked = [Ranked.of(*item) for item in zip(scores, self.removed, bases, strict=False)]
         for i, (s, units) in enumerate(zip(self.sets, ranked, strict=True)):
             if s.setting.global_group_id is None:
-                count = int(share(s.setting.sparse_ratio, fraction) * s.num_units)
-                self.removed[i] = torch.from_numpy(units.first(count))
+                self.removed[i] = torch.from_numpy(decide_alone(s, units, scores[i], fraction))
         for gid, group in self.budgets.items():
             members = [i for i, s in enumerate(self.sets) if s.setting.global_group_id == gid]
             for i, removed in zip(members, group.spend([ranked[i] for i in members], fraction), strict=True):
@@ -191,13 +192,13 @@ class Pruner(Method):
         if self.frozen is not None:
             return self.frozen
         masks = self._target_masks()
-        masking.align(self.context.model, self.settings, masks)
+        align(self.context.model, self.settings, masks)
         return masks
 
     def _target_masks(self) -> Masks:
         model = self.context.model
         masks = masking.unit_masks(model, self.sets, self.removed)
-        for name, own in self.elements.masks(model).items():
+        for name, own in self.elements.masks().items():
             masks[name] = masks[name] & own if name in masks else own
         return masks
 
@@ -240,6 +241,9 @@ class Pruner(Method):
         removed = [*self.removed, *self.elements.removed.values()]
         return sum(int(r.sum()) for r in removed) / sum(len(r) for r in removed)
 
+    def notes(self) -> list[str]:
+        return overrides(self.settings)
+
     def metrics(self) -> dict[str, float]:
         """`fingerprint/masks` is cut to its low 52 bits here, which a float holds; `results` has all 64."""
         if not self.history:
@@ -250,11 +254,12 @@ class Pruner(Method):
     def results(self) -> dict[str, Any]:
         """`fingerprint/masks`; `decisions` [{step, ratio, fingerprint}]; `groups` [{name, asked, given,
         reason}] in the currency of each group; `asked_but_kept` [{name, asked, given, reason}], targets
-        left whole."""
+        left whole; `overrides`, a line for each value of the config list that a later one took the place of."""
         return {
             "fingerprint/masks": self.history[-1][2] if self.history else "",
             "decisions": [{"step": t, "ratio": ratio, "fingerprint": mark} for t, ratio, mark in self.history],
             "groups": results.groups(self.sets, self.removed, self.budgets, self.elements),
+            "overrides": overrides(self.settings),
             "asked_but_kept": results.asked_but_kept(self.kept, self.settings, self.sets, self.removed),
         }
 
@@ -318,13 +323,11 @@ def _scorers(settings: list[Setting]) -> dict[str, Metric]:
             continue
         name = json.dumps([setting.method, setting.options], sort_keys=True, default=str)
         if name not in built:
-            entry = setting.entries.get("method")
-            where = "pruning" if entry is None else f"pruning.config_list[{entry}]"
-            built[name] = build_metric(setting.method, setting.options, where)
-        if missing := built[name].missing(setting.granularity == "element"):
+            built[name] = build_metric(setting.method, setting.options, setting.sources.get("method", "pruning"))
+        if missing := built[name].missing(not setting.by_units):
             raise UserError(
-                f"{setting.module}: {setting.said_by('granularity')} needs `{missing[0]}` of method "
+                f"{setting.name}: {setting.said_by('granularity')} needs `{missing[0]}` of method "
                 f"{setting.method!r}, which does not define it. Define it, or choose another granularity or method."
             )
-        scorers[setting.module] = built[name]
+        scorers[setting.name] = built[name]
     return scorers

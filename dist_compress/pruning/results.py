@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from dist_compress.pruning.config_list import Setting
 from dist_compress.pruning.elements import Elements
+from dist_compress.pruning.setting import Setting
 from dist_compress.pruning.sparsity import Budget
 from dist_compress.pruning.units import Kept, UnitSet
 
@@ -22,25 +22,34 @@ def groups(
     elements: Elements,
 ) -> list[Row]:
     """A row {name, unit, asked, given, reason} for each global group, each set of its own, each group of
-    elements."""
+    elements or blocks."""
     rows = []
     for gid, group in budgets.items():
         mine = [gone.numpy() for s, gone in zip(sets, removed, strict=True) if s.setting.global_group_id == gid]
         total = group.cost([gone & False for gone in mine])
         given = float((total - group.cost(mine)) / total)
-        rows.append(_row(f"global_group_id={gid}", group.unit, group.sets[0].setting.sparse_ratio, given))
+        rows.append(_row(f"global_group_id={gid}", group.unit, group.sets[0].setting, given))
     for s, gone in zip(sets, removed, strict=True):
         if s.setting.global_group_id is None:
             given = int(gone.sum()) / s.num_units
-            rows.append(_row(" + ".join(s.targets), "channels", s.setting.sparse_ratio, given))
+            rows.append(_row(" + ".join(s.targets), "channels", s.setting, given))
     for name, tensors in elements.groups.items():
-        rows.append(_row(name, "elements", tensors[0].setting.sparse_ratio, elements.given(tensors)))
+        unit = "elements" if tensors[0].blocks.size == 1 else "blocks"
+        rows.append(_row(name, unit, tensors[0].setting, elements.given(tensors)))
     return rows
 
 
-def _row(name: str, unit: str, asked: float, given: float) -> Row:
-    reason = "" if asked == given else f"whole {unit if unit in ('channels', 'elements') else 'channels'} only"
+def _row(name: str, unit: str, setting: Setting, given: float) -> Row:
+    asked = _asked(setting)
+    reason = "" if asked == given else f"whole {'channels' if unit in ('params', 'macs') else unit} only"
+    if asked is None:
+        reason = f"scores below {setting.sparse_threshold:g}"
     return {"name": name, "unit": unit, "asked": asked, "given": given, "reason": reason}
+
+
+def _asked(setting: Setting) -> float | None:
+    """The ratio asked for; a threshold asks for none."""
+    return None if setting.sparse_threshold is not None else setting.sparse_ratio
 
 
 def asked_but_kept(
@@ -50,13 +59,14 @@ def asked_but_kept(
     removed: Sequence[torch.Tensor],
 ) -> list[Row]:
     """A row {name, asked, given, reason} for each target of which some channels could not be considered."""
-    asked = {setting.module: setting.sparse_ratio for setting in settings}
+    asked = {setting.name: setting for setting in settings}
     gone: dict[str, int] = {}
     for s, units in zip(sets, removed, strict=True):
         for member in s.scored:
-            gone[member.module] = gone.get(member.module, 0) + member.index[units].numel()
+            gone[member.fqn] = gone.get(member.fqn, 0) + member.index[units].numel()
     rows: dict[str, Row] = {}
     for k in kept:
-        row = {"name": k.module, "asked": asked[k.module], "given": gone.get(k.module, 0) / k.num_channels}
-        rows.setdefault(k.module, {**row, "reason": k.reason})
+        setting = asked[k.name]
+        given = gone.get(setting.parameter, 0) / k.num_channels
+        rows.setdefault(k.name, {"name": k.name, "asked": _asked(setting), "given": given, "reason": k.reason})
     return list(rows.values())

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from dist_compress.errors import UserError
-from dist_compress.pruning.config_list import Setting
 from dist_compress.pruning.select import score_key, tie_key
+from dist_compress.pruning.setting import Setting
 from dist_compress.pruning.units import UnitSet
 from dist_compress.target import Coupling, LayerCost, Member
 
@@ -37,6 +37,18 @@ def count_bounds(num: int, setting: Setting, fraction: float) -> tuple[int, int]
     rounds down."""
     low = share(setting.min_sparse_ratio, fraction) * num
     return math.ceil(low) if fraction == 1 else math.floor(low), math.floor(share(setting.max_sparse_ratio) * num)
+
+
+def threshold(setting: Setting, fraction: float) -> float:
+    """What a score has to reach at a decision: like the ratio it grows with the schedule."""
+    assert setting.sparse_threshold is not None
+    return float(share(setting.sparse_threshold, fraction))
+
+
+def threshold_count(below: int, num: int, setting: Setting, fraction: float) -> int:
+    """How many of `num` go when `below` of them do not reach the threshold: the bounds, which grow with it, hold."""
+    low, _ = count_bounds(num, setting, fraction)
+    return min(max(below, low), math.floor(share(setting.max_sparse_ratio, fraction) * num))
 
 
 @dataclass
@@ -58,11 +70,27 @@ class Ranked:
         """Unit numbers, least important first; those removed already come before all others."""
         return np.lexsort((self.tie, self.key, ~self.removed))
 
-    def first(self, count: int) -> np.ndarray:
-        """bool [num_units]: the `count` least important, and all that were removed before."""
+    def first(self, count: int, num_parts: int = 1) -> np.ndarray:
+        """bool [num_units]: the `count` least important of each of `num_parts` equal parts, and all that were removed
+        before."""
         out = self.removed.copy()
-        out[self.order()[:count]] = True
+        order, size = self.order(), len(out) // num_parts
+        for part in range(num_parts):
+            out[order[order // size == part][:count]] = True
         return out
+
+
+def decide_alone(units: UnitSet, ranked: Ranked, scores: torch.Tensor, fraction: float) -> np.ndarray:
+    """bool [num_units]: what of a set outside of any global group is removed after this decision, old and new. At
+    least one unit stays."""
+    setting, num = units.setting, units.num_units
+    if setting.sparse_threshold is None:
+        count = int(share(setting.sparse_ratio, fraction) * (num // units.num_parts))
+        return ranked.first(count, units.num_parts)
+    below = int(((scores < threshold(setting, fraction)) | torch.from_numpy(ranked.removed)).sum())
+    return ranked.first(min(threshold_count(below, num, setting, fraction), num - 1))
+
+
 
 
 @dataclass
@@ -164,9 +192,10 @@ def budget(
     compute: str,
     coupling: Coupling,
     model: nn.Module,
-    modules: Sequence[str],
+    settings: Sequence[Setting],
 ) -> Budget:
-    """The budget of a global group whose targets, prunable or not, are `modules`."""
+    """The budget of a global group whose targets, prunable or not, are `settings`."""
+    modules = list(dict.fromkeys(s.module for s in settings if s.target == "weight"))
     position = {s.coupled: i for i, s in enumerate(sets) if s.coupled is not None}
     alone = {target: i for i, s in enumerate(sets) if s.coupled is None for target in s.targets}
     if compute == "channels":
@@ -174,10 +203,15 @@ def budget(
         layers = [LayerCost(s.name, s.num_units, ((0.0, ((i, ones[i]),)),)) for i, s in enumerate(sets)]
     elif compute == "macs":
         layers = [_macs(c, position, alone, sets) for c in coupling.layers if c.fqn in set(modules)]
-        if not layers:
-            raise UserError(f"pruning.compute=macs: the trace has no MACs for {', '.join(modules)}. Use params.")
+        other = [s.name for s in settings if s.target != "weight"]
+        if not layers or other:
+            names = ", ".join(other or modules)
+            raise UserError(
+                f"pruning.compute=macs: the trace has no MACs for {names} ({settings[0].said_by('global_group_id')}). "
+                "Use params."
+            )
     else:
-        layers = _params(sets, model, modules)
+        layers = _params(sets, model, settings)
     return Budget(name, sets, layers, compute)
 
 
@@ -195,19 +229,24 @@ def _macs(cost: LayerCost, position: dict[int, int], alone: dict[str, int], sets
     return LayerCost(cost.fqn, cost.macs, tuple(factors))
 
 
-def _params(sets: Sequence[UnitSet], model: nn.Module, modules: Sequence[str]) -> list[LayerCost]:
-    """Each parameter of the modules as a product over its dims: elements that stay, elements of each unit."""
+def _params(sets: Sequence[UnitSet], model: nn.Module, settings: Sequence[Setting]) -> list[LayerCost]:
+    """Each parameter as a product over its dims: elements that stay, elements of each unit. A module whose weight is a
+    target counts as a whole, any other target by itself."""
     members: dict[str, dict[int, list[tuple[int, Member]]]] = {}
     for i, s in enumerate(sets):
         for m in s.members:
             members.setdefault(m.fqn, {}).setdefault(m.dim, []).append((i, m))
+    counted: dict[str, None] = {}
+    for s in settings:
+        own = [n for n, _ in model.get_submodule(s.module).named_parameters(recurse=False)]
+        counted |= dict.fromkeys(f"{s.module}.{n}" for n in (own if s.target == "weight" else [s.target]))
     layers = []
-    for module in modules:
-        for name, parameter in model.get_submodule(module).named_parameters(recurse=False):
-            factors = []
-            for dim, uses in members.get(f"{module}.{name}", {}).items():
-                parts = tuple((i, torch.full((len(m.index),), m.index.shape[1], dtype=torch.float64)) for i, m in uses)
-                fixed = parameter.shape[dim] - sum(float(weight.sum()) for _, weight in parts)
-                factors.append((fixed, parts))
-            layers.append(LayerCost(module, parameter.numel(), tuple(factors)))
+    for fqn in counted:
+        parameter = model.get_parameter(fqn)
+        factors = []
+        for dim, uses in members.get(fqn, {}).items():
+            parts = tuple((i, torch.full((len(m.index),), m.index.shape[1], dtype=torch.float64)) for i, m in uses)
+            fixed = parameter.shape[dim] - sum(float(weight.sum()) for _, weight in parts)
+            factors.append((fixed, parts))
+        layers.append(LayerCost(fqn.rpartition(".")[0], parameter.numel(), tuple(factors)))
     return layers

@@ -9,6 +9,7 @@ module stands alone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,13 @@ import torch
 from torch import nn
 
 from dist_compress.errors import UserError
-from dist_compress.pruning.config_list import Setting, check_agree
+from dist_compress.pruning.blocks import channel_dim
+from dist_compress.pruning.setting import Setting, check_agree
 from dist_compress.target import Coupling, Member, UnitGroup
 
 _AGREE = (
     "sparse_ratio",
+    "sparse_threshold",
     "min_sparse_ratio",
     "max_sparse_ratio",
     "global_group_id",
@@ -28,13 +31,6 @@ _AGREE = (
     "method",
     "options",
 )
-_OUT_DIM_1 = (
-    "ConvTranspose1d",
-    "ConvTranspose2d",
-    "ConvTranspose3d",
-    "Embedding",
-    "Conv1D",
-)  # the last: transformers'
 
 
 @dataclass(frozen=True)
@@ -50,20 +46,22 @@ class UnitSet:
     targets: tuple[str, ...]
     setting: Setting
     coupled: int | None  # index of the coupling's group; None: a set of the user's, not removable as a whole
+    num_parts: int = 1  # equal contiguous parts of the units, such as heads, in each of which the ratio holds
 
 
 @dataclass(frozen=True)
 class Kept:
     """A target that was asked for, but of which no or not all channels can be considered."""
 
-    module: str
+    name: str  # of the target
     reason: str
     num_channels: int  # of the target, in all
 
 
 def collect(settings: list[Setting], coupling: Coupling, model: nn.Module) -> tuple[list[UnitSet], list[Kept]]:
     """The unit sets of all channel targets, and the targets that cannot be pruned. Raises UserError."""
-    targets = {s.module: s for s in settings if not s.align and s.granularity != "element"}
+    alone = {s.parameter: s for s in settings if not s.align}  # these follow nobody
+    targets = {name: s for name, s in alone.items() if s.by_units}
     sets, kept = [], []
     for role, granularity in (("producer", "out_channel"), ("consumer", "in_channel")):
         coupled = {
@@ -72,26 +70,21 @@ def collect(settings: list[Setting], coupling: Coupling, model: nn.Module) -> tu
         for index, group in enumerate(coupling.groups):
             found = _coupled_set(index, group, role, coupled, model)
             if isinstance(found, UnitSet):
+                _check_followers(found, alone, model)
                 sets.append(found)
             else:
                 kept.extend(found)
-        seen = {name for s in sets for name in s.targets} | {k.module for k in kept}
-        kept += [
-            Kept(
-                name,
-                "the trace shows no channels of it that could be removed",
-                _num_channels(model, targets[name]),
-            )
-            for name in coupled.keys() - seen
-        ]
+        seen = {name for s in sets for name in s.targets} | {k.name for k in kept}
+        unseen = "the trace shows no channels of it that could be removed"
+        kept += [Kept(s.name, unseen, _num_channels(model, s)) for s in coupled.values() if s.name not in seen]
     own: dict[str, list[Setting]] = {}
     for name, setting in targets.items():
         if setting.dependency_group_id != "auto":
             own.setdefault(setting.dependency_group_id or f"\0{name}", []).append(setting)
-    sets += [_own_set(members, coupling, model) for members in own.values()]
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    sets += [_own_set(members, coupling, model, alone) for members in own.values()]
+    order = {setting.name: i for i, setting in enumerate(settings)}
     sets.sort(key=lambda s: min(order[name] for name in s.targets))
-    kept.sort(key=lambda k: order[k.module])
+    kept.sort(key=lambda k: order[k.name])
     return sets, kept
 
 
@@ -99,26 +92,43 @@ def _coupled_set(
     index: int, group: UnitGroup, role: str, targets: dict[str, Setting], model: nn.Module
 ) -> UnitSet | list[Kept]:
     """The set of a group of the trace, or why its targets are kept (nothing when it has none)."""
-    modules = list(dict.fromkeys(m.module for m in group.members if m.role == role))
-    chosen = [targets[name] for name in modules if name in targets]
+    makers = list(dict.fromkeys(m.fqn for m in group.members if m.role == role))
+    chosen = [targets[name] for name in makers if name in targets]
     if not chosen:
         return []
     for setting in chosen[1:]:
         check_agree(chosen[0], setting, _AGREE, "dependency_group_id")
-    missing = [name for name in modules if name not in targets and not _follows(model, group, role, name)]
+    modules = {setting.module for setting in chosen}
+    missing = [
+        name if name.rpartition(".")[0] in modules else name.rpartition(".")[0]
+        for name in makers
+        if name not in targets and not _follows(model, group, role, name, modules)
+    ]
     if group.blocked or missing:
-        reason = group.blocked or f"coupled with {', '.join(missing)}, which is not a target"
-        return [Kept(setting.module, reason, _num_channels(model, setting)) for setting in chosen]
-    names = tuple(setting.module for setting in chosen)
-    scored = tuple(
-        m for m in group.members if m.role == role and m.module in names and model.get_parameter(m.fqn).dim() > 1
-    )
+        reason = group.blocked or f"coupled with {', '.join(dict.fromkeys(missing))}, which is not a target"
+        return [Kept(setting.name, reason, _num_channels(model, setting)) for setting in chosen]
+    scored = tuple(m for m in group.members if m.role == role and m.fqn in targets)
     masked = tuple(m for m in group.members if m.role in ("producer", "affine", role))
+    names = tuple(setting.name for setting in chosen)
+    parts = _num_parts(chosen, group.num_units)
     gates = _gates(group)
-    return UnitSet(group.name, group.num_units, group.members, scored, masked, gates, names, chosen[0], index)
+    return UnitSet(group.name, group.num_units, group.members, scored, masked, gates, names, chosen[0], index, parts)
 
 
-def _own_set(members: list[Setting], coupling: Coupling, model: nn.Module) -> UnitSet:
+def _check_followers(unit_set: UnitSet, alone: dict[str, Setting], model: nn.Module) -> None:
+    """A vector that goes with the units of the trace, such as a bias, cannot have a mask of its own."""
+    for member in unit_set.masked:
+        own = alone.get(member.fqn)
+        if own is not None and model.get_parameter(member.fqn).dim() == 1:
+            said = own.said_by("sparse_ratio" if own.sparse_threshold is None else "sparse_threshold")
+            raise UserError(
+                f"{own.name}: {said} asks for a mask of its own, but it goes along with the channels of "
+                f"{unit_set.targets[0]} ({unit_set.setting.said_by('dependency_group_id')}). Set dependency_group_id: "
+                f"null for {unit_set.targets[0]}, or leave {own.name} out."
+            )
+
+
+def _own_set(members: list[Setting], coupling: Coupling, model: nn.Module, alone: dict[str, Setting]) -> UnitSet:
     """Targets that share a mask because the user says so, or one that stands alone."""
     head = members[0]
     scored: list[Member] = []
@@ -126,60 +136,66 @@ def _own_set(members: list[Setting], coupling: Coupling, model: nn.Module) -> Un
     gates: list[Member] = []
     for setting in members:
         check_agree(head, setting, _AGREE, "dependency_group_id")
-        weight = _weight_member(model, setting)
+        weight = _own_member(model, setting)
         if len(weight.index) != len((scored or [weight])[0].index):
             raise UserError(
-                f"dependency_group_id={head.dependency_group_id!r}: {head.module} has {len(scored[0].index)} units and "
-                f"{setting.module} has {len(weight.index)}. Members share one mask, so their sizes must be equal."
+                f"dependency_group_id={head.dependency_group_id!r}: {head.name} has {len(scored[0].index)} units and "
+                f"{setting.name} has {len(weight.index)} ({setting.said_by('dependency_group_id')}). Members share one "
+                "mask, so their sizes must be equal."
             )
         scored.append(weight)
         masked.append(weight)
-        if setting.granularity == "in_channel":
+        if setting.granularity == "in_channel" or setting.target != "weight":
             gates.append(weight)
             continue
         bias = [Member(f"{setting.module}.bias", 0, weight.index, "producer")]
         bias = bias if getattr(model.get_submodule(setting.module), "bias", None) is not None else []
         norm = following_norm(setting.module, weight.index, coupling)
-        masked += bias + norm
+        masked += [m for m in bias + norm if m.fqn not in alone]
         gates += norm or [weight, *bias]
-    names = tuple(s.module for s in members)
-    name = head.module if len(members) == 1 else str(head.dependency_group_id)
+    names = tuple(s.name for s in members)
+    name = head.name if len(members) == 1 else str(head.dependency_group_id)
+    num = len(scored[0].index)
+    shared = tuple(masked)
     return UnitSet(
-        name,
-        len(scored[0].index),
-        tuple(masked),
-        tuple(scored),
-        tuple(masked),
-        tuple(gates),
-        names,
-        head,
-        None,
-    )
+        name, num, shared, tuple(scored), shared, tuple(gates), names, head, None, _num_parts(members, num)
+    )  # fmt: skip
 
 
-def _channel_dim(model: nn.Module, setting: Setting) -> int:
-    """The dimension of the weight that `granularity` is about."""
-    out = int(type(model.get_submodule(setting.module)).__name__ in _OUT_DIM_1)
-    return 1 - out if setting.granularity == "in_channel" else out
+def _num_parts(members: list[Setting], num_units: int) -> int:
+    """Least common multiple of what the members ask for. Raises UserError unless the units can be cut so."""
+    parts = math.lcm(*(s.internal_metric_block for s in members))
+    if num_units % parts:
+        said = " and ".join(s.said_by("internal_metric_block") for s in members if s.internal_metric_block > 1)
+        raise UserError(
+            f"{', '.join(s.name for s in members)}: {said}: {num_units} units cannot be cut into {parts} equal parts."
+        )
+    return parts
+
+
+def _dim(model: nn.Module, setting: Setting) -> int:
+    """The dimension of the parameter that `granularity` is about."""
+    kind = type(model.get_submodule(setting.module)).__name__
+    return channel_dim(kind, model.get_parameter(setting.parameter).dim(), str(setting.granularity))
 
 
 def _num_channels(model: nn.Module, setting: Setting) -> int:
-    return model.get_parameter(f"{setting.module}.weight").shape[_channel_dim(model, setting)]
+    return model.get_parameter(setting.parameter).shape[_dim(model, setting)]
 
 
-def _weight_member(model: nn.Module, setting: Setting) -> Member:
-    """The weight of a module on its own, a unit for each index of its channel dimension."""
+def _own_member(model: nn.Module, setting: Setting) -> Member:
+    """A parameter on its own, a unit for each index of its channel dimension."""
     module = model.get_submodule(setting.module)
     kind = type(module).__name__
-    if kind.startswith("ConvTranspose") and getattr(module, "groups", 1) > 1:
+    if kind.startswith("ConvTranspose") and getattr(module, "groups", 1) > 1 and setting.target == "weight":
         raise UserError(
-            f"{setting.module}: {setting.said_by('granularity')} with "
+            f"{setting.name}: {setting.said_by('granularity')} with "
             f"{setting.said_by('dependency_group_id')} "
             f"is not defined for a {kind} with groups. Use dependency_group_id: auto."
         )
     role = "consumer" if setting.granularity == "in_channel" else "producer"
     index = torch.arange(_num_channels(model, setting))[:, None]
-    return Member(f"{setting.module}.weight", _channel_dim(model, setting), index, role)
+    return Member(setting.parameter, _dim(model, setting), index, role)
 
 
 def following_norm(module: str, rows: torch.Tensor, coupling: Coupling) -> list[Member]:
@@ -222,14 +238,16 @@ def _gates(group: UnitGroup) -> tuple[Member, ...]:
     return tuple(m for m in group.members if m.role == "affine" or (m.role == "producer" and m.module not in followed))
 
 
-def _follows(model: nn.Module, group: UnitGroup, role: str, name: str) -> bool:
-    """Whether a module passes units on, one by one: a depthwise convolution, or a vector that is added to
-    them."""
-    module: Any = model.get_submodule(name)
+def _follows(model: nn.Module, group: UnitGroup, role: str, name: str, targeted: set[str]) -> bool:
+    """Whether a parameter goes with the units, one by one: that of a depthwise convolution, a vector that is added to
+    them or the bias of a target."""
+    if model.get_parameter(name).dim() == 1 and name.rpartition(".")[0] in targeted:
+        return True
+    module: Any = model.get_submodule(name.rpartition(".")[0])
     if getattr(module, "groups", 1) > 1 and module.groups == getattr(module, "in_channels", 0):
         return True
     return all(
         model.get_parameter(m.fqn).numel() == m.index.numel()
         for m in group.members
-        if m.module == name and m.role == role
+        if m.fqn == name and m.role == role
     )

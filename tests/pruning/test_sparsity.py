@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from pruning_nets import COUPLING, Net, attach, config
 
 from dist_compress.errors import UserError
-from dist_compress.pruning.config_list import Setting
+from dist_compress.pruning.setting import Setting
 from dist_compress.pruning.sparsity import Budget, Ranked, count_bounds, share
 from dist_compress.pruning.units import UnitSet
 from dist_compress.target import LayerCost
 
 
 def unit_set(num: int, ratio: float, low: float = 0.0, high: float = 1.0) -> UnitSet:
-    setting = Setting("m", ratio, low, high, global_group_id="g")
+    setting = Setting("m", sparse_ratio=ratio, min_sparse_ratio=low, max_sparse_ratio=high, global_group_id="g")
     return UnitSet("m", num, (), (), (), (), ("m",), setting, 0)
 
 
@@ -165,8 +165,8 @@ def test_a_bound_equal_to_the_ratio_may_round_below_it():
 
 def test_ratios_mean_what_is_written():
     assert int(share(0.29) * 100) == 29 and int(0.29 * 100) == 28
-    assert count_bounds(30, Setting("m", 0.2, 0.1, 0.3), 1.0) == (3, 9)
-    assert count_bounds(10, Setting("m", 0.2, 0.15, 0.35), 1.0) == (2, 3)
+    assert count_bounds(30, Setting("m", "weight", 0.2, None, 0.1, 0.3), 1.0) == (3, 9)
+    assert count_bounds(10, Setting("m", "weight", 0.2, None, 0.15, 0.35), 1.0) == (2, 3)
 
 
 def test_macs_need_a_trace():

@@ -13,7 +13,7 @@ from dist_compress.target import Coupling, UnitGroup
 
 def sets_of(*entries, **keys):
     pruner, _, _ = attach(config(list(entries), **keys))
-    return {s.name: s for s in pruner.sets}, {k.module: k.reason for k in pruner.kept}
+    return {s.name: s for s in pruner.sets}, {k.name: k.reason for k in pruner.kept}
 
 
 def test_coupled_units_are_one_set_and_depthwise_follows():

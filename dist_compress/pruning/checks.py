@@ -1,0 +1,65 @@
+"""What of a setting excludes what else: each refusal names both keys and where they come from."""
+
+from __future__ import annotations
+
+from dist_compress.errors import UserError
+from dist_compress.pruning.setting import DEFAULTS, Setting, check_agree
+
+_BOUNDS = ("min_sparse_ratio", "max_sparse_ratio")
+_GROUPED = ("global_group_id", "dependency_group_id", "internal_metric_block")
+
+
+def check_whole(setting: Setting) -> None:
+    """Raise UserError unless the keys of a target, merged and completed, go together."""
+    if setting.align:
+        own = ("sparse_ratio", "sparse_threshold", *_BOUNDS, *_GROUPED, *["granularity"] * bool(setting.pattern))
+        _refuse(setting, "align", own, "it follows another mask")
+        return
+    if setting.pattern:
+        _refuse(setting, "granularity", ("sparse_threshold", *_BOUNDS, *_GROUPED), "N of each M weights are kept")
+    elif not setting.by_units:
+        why = "only channels depend on each other"
+        _refuse(setting, "granularity", ("dependency_group_id", "internal_metric_block"), why)
+    if setting.sparse_threshold is not None:
+        why = "a threshold decides each unit by its own score, and a group spends a ratio"
+        _refuse(setting, "sparse_threshold", ("global_group_id", "internal_metric_block"), why)
+    if setting.global_group_id is not None:
+        _refuse(setting, "global_group_id", ("internal_metric_block",), "the group ranks all units together")
+    _check_bounds(setting)
+
+
+def _refuse(setting: Setting, key: str, others: tuple[str, ...], why: str) -> None:
+    asked = [
+        other
+        for other in others
+        if other in setting.sources
+        and (getattr(setting, other) not in (None, DEFAULTS[other]) or other == "sparse_ratio")
+    ]
+    if asked:
+        said = " and ".join(setting.said_by(other) for other in asked)
+        raise UserError(f"{setting.name}: {setting.said_by(key)} and {said} exclude each other: {why}. Keep one.")
+
+
+def _check_bounds(setting: Setting) -> None:
+    low, high = setting.min_sparse_ratio, setting.max_sparse_ratio
+    if low > high:
+        raise UserError(
+            f"{setting.name}: {setting.said_by('min_sparse_ratio')} is above {setting.said_by('max_sparse_ratio')}."
+        )
+    alone = setting.global_group_id is None and setting.sparse_threshold is None
+    if alone and not setting.pattern and not low <= setting.sparse_ratio <= high:
+        raise UserError(
+            f"{setting.name}: {setting.said_by('sparse_ratio')} lies outside of {setting.said_by('min_sparse_ratio')} "
+            f"and {setting.said_by('max_sparse_ratio')}. Without a global_group_id the ratio is spent in the target "
+            "itself."
+        )
+
+
+def check_global_groups(settings: list[Setting]) -> None:
+    """Members of a global group agree on everything but their bounds."""
+    first: dict[str, Setting] = {}
+    for setting in settings:
+        if setting.align or setting.global_group_id is None:
+            continue
+        head = first.setdefault(setting.global_group_id, setting)
+        check_agree(head, setting, ("sparse_ratio", "granularity", "method", "options"), "global_group_id")
