@@ -9,6 +9,7 @@ from torch import nn
 from dist_compress.speedup import sets
 from dist_compress.speedup.keep import Keep
 from dist_compress.speedup.movement import View
+from dist_compress.speedup.recurrent import recurrent_sizes
 from dist_compress.speedup.rules import rule_of
 from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import Ref
@@ -53,7 +54,7 @@ def attributes(s: Structure, keep: Keep, model: nn.Module, uses: Callable[[], li
             if isinstance(module, nn.GroupNorm):
                 new["num_groups"] = int(keep.kept[s.whole_groups[key]].sum())
             found |= {f"{owner}.{attr}".lstrip("."): n for attr, n in new.items() if getattr(module, attr) != n}
-    return found | _bare_norms(s, keep, modules) | _of_users(s, keep, modules, uses)
+    return found | recurrent_sizes(s, keep, modules) | _bare_norms(s, keep, modules) | _of_users(s, keep, modules, uses)
 
 
 def _bare_norms(s: Structure, keep: Keep, modules: dict[str, nn.Module]) -> dict[str, int]:
