@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dist_compress.speedup import weight_norm
 from dist_compress.speedup.movement import Move
 from dist_compress.speedup.rules import rule_of
 from dist_compress.tracing import Op, Ref, Trace
 
-_SAME = ("detach", "alias", "clone", "_to_copy", "to", "contiguous")
+_SAME = ("detach", "alias", "clone", "_to_copy", "to", "contiguous", *weight_norm.NAMES)
 
 
 def makers(trace: Trace) -> dict[int, Op]:
@@ -14,10 +15,20 @@ def makers(trace: Trace) -> dict[int, Op]:
     return {ref.id: op for op in trace.tape for ref in op.outputs if ref is not None}
 
 
+def layer_of(fqn: str) -> tuple[str, str]:
+    """(module, "weight") of a weight or of what its parametrization or weight norm holds, else (owner, own name)."""
+    owner, _, name = fqn.rpartition(".")
+    layer, _, parametrized = f".{owner}".rpartition(".parametrizations.")
+    if parametrized == "weight" and name in ("original", "original1"):
+        return layer.lstrip("."), "weight"
+    return owner, "weight" if name in ("weight_v", "weight_orig") else name
+
+
 def behind(trace: Trace, made_by: dict[int, Op], ref: Ref) -> tuple[Ref | None, list[int | None]]:
     """(the parameter, its dim for each dim of `ref`; None for a dim it does not have), or (None, []).
 
-    Follows transposes and casts only, so that the parameter's elements are the operand's elements.
+    Follows transposes and casts only, so that the parameter's elements are the operand's elements, and a weight norm
+    to what it normalises.
     """
     dims: list[int | None] = list(range(len(trace.info(ref).shape)))
     while trace.info(ref).kind == "value" and not trace.info(ref).dependent:
@@ -30,8 +41,8 @@ def behind(trace: Trace, made_by: dict[int, Op], ref: Ref) -> tuple[Ref | None, 
             return None, []
         source = op.inputs[0]
         shape = trace.info(source).shape
-        dim_map = rule.maps(op, shape, {})[0]
-        if dim_map is None or dim_map.fixed or any(index is not None for _, index in dim_map.dims):
+        dim_map = rule.maps(op, shape, {})[0] if 0 not in shape else None
+        if dim_map is None or any(index is not None for _, index in dim_map.dims):
             return None, []
         moved = [dim for dim, _ in dim_map.dims]
         dims = [None if d is None else moved[d] for d in dims]
