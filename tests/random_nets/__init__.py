@@ -3,7 +3,8 @@
 Everything follows from one seed, so that a failure is replayed by `check(seed)`.
 """
 
-from random_nets.check import Broken, Outcome, check, describe
+from random_nets.chains import check_chain
 from random_nets.drawing import draw
+from random_nets.laws import Broken, Outcome, check, describe
 
-__all__ = ["Broken", "Outcome", "check", "describe", "draw"]
+__all__ = ["Broken", "Outcome", "check", "check_chain", "describe", "draw"]
