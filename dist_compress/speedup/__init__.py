@@ -2,6 +2,7 @@
 
 from dist_compress.speedup.apply import apply, apply_to_state
 from dist_compress.speedup.capture import Capture, capture
+from dist_compress.speedup.compare import difference
 from dist_compress.speedup.coupling import coupling, mask_units
 from dist_compress.speedup.custom import register_op, registered, unregister_op
 from dist_compress.speedup.one_liners import Barrier, Bilinear, Movement, PassThrough, Pointwise
@@ -11,6 +12,7 @@ from dist_compress.speedup.rule import Rule
 from dist_compress.speedup.settings import Settings
 from dist_compress.speedup.shards import apply_to_shard
 from dist_compress.speedup.verify import verify
+from dist_compress.speedup.whole import Report, speedup
 from dist_compress.tracing import concrete_trace
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "PassThrough",
     "Plan",
     "Pointwise",
+    "Report",
     "Rule",
     "Settings",
     "apply",
@@ -30,10 +33,12 @@ __all__ = [
     "capture",
     "concrete_trace",
     "coupling",
+    "difference",
     "mask_units",
     "plan",
     "register_op",
     "registered",
+    "speedup",
     "unregister_op",
     "verify",
 ]
