@@ -42,7 +42,7 @@ def compress(s: torch.Tensor) -> torch.Tensor:
 
 def any_over(s: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     """Union over `dims`, kept at size 1."""
-    wide = [dim % s.dim() for dim in dims if s.size(dim) > 1]
+    wide = [dim % s.dim() for dim in dims if s.size(dim) != 1]
     return s.any(dim=tuple(wide), keepdim=True) if wide else s
 
 
@@ -95,7 +95,7 @@ def reshape(s: torch.Tensor, old: Sequence[int], new: Sequence[int]) -> torch.Te
     """The set of a tensor of shape `old` after a view as `new`; only dims that merge or split are expanded."""
     wide, reduced = [1] * len(old), [1] * len(new)
     for left, right in view_groups(old, new):
-        if any(s.size(d) > 1 for d in left):
+        if any(s.size(d) != 1 for d in left):
             for d in left:
                 wide[d] = old[d]
             for d in right:
