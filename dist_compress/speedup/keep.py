@@ -5,6 +5,7 @@ Keeps live in a finite lattice and every constraint only grows them, so the fixp
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from typing import Any
 
@@ -170,17 +171,22 @@ class Keep:
                 first[0] = True
                 self.grow(var, first, "is the last slice left of its dim")
                 self._drain()
-        while self.round_to > 1 and any([self._round(var) for var in self._of_weights]):
+        rounded = [var for var in self._of_weights if self._multiple(var) > 1]
+        while any([self._round(var) for var in rounded]):
             pass  # what one dim grew by may have grown another
+
+    def _multiple(self, var: int) -> int:
+        return math.lcm(self.round_to, self.structure.multiples.get(var, 1))
 
     def _round(self, var: int) -> bool:
         """Keep dead positions of a dim, the first ones, until the kept count is a multiple or the size."""
         kept, grown = self.kept[var], False
-        while (missing := min(-int(kept.sum()) % self.round_to, int((~kept).sum()))) > 0:
+        multiple = self._multiple(var)
+        while (missing := min(-int(kept.sum()) % multiple, int((~kept).sum()))) > 0:
             count = 1 if self._constraints[var] else missing  # one brings more where dims are split or joined
             more = torch.zeros_like(kept)
             more[(~kept).nonzero().flatten()[:count]] = True
-            self.grow(var, more, f"rounds its dim up to a multiple of {self.round_to}")
+            self.grow(var, more, f"rounds its dim up to a multiple of {multiple}")
             self._drain()
             grown = True
         return grown

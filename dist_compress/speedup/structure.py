@@ -71,6 +71,7 @@ class Structure:
     roles: dict[tuple[int, int], str] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
     whole_groups: dict[int, int] = field(default_factory=dict)  # a GroupNorm's weight or output -> its groups
+    multiples: dict[int, int] = field(default_factory=dict)  # variable -> what its size must be a multiple of
     zeros_only: list[tuple[Ref, int]] = field(default_factory=list)  # dims of which only zero slices may go (sums)
     _dims: dict[int, list[int]] = field(default_factory=dict)
 
@@ -143,6 +144,7 @@ class Structure:
             )
             for c in self.contractions
         ]
+        self.multiples = {self.find(var): n for var, n in self.multiples.items()}
         self.whole_groups = {key: self.find(var) for key, var in self.whole_groups.items()}
 
     def view(self, a: Ref, b: Ref, op: Op) -> None:

@@ -149,7 +149,7 @@ def test_experts_of_grouped_matmuls_shrink():
     model = Between(None)
     model.fn = Experts()
     with torch.no_grad():
-        model.fn.up[..., [0, 3, 5, 7]] = 0
+        model.fn.up[..., [0, 3, 5, 7, 9]] = 0  # rows of the kernel are whole 16 bytes: one of them stays
     plan = speedup.plan(model, (make(2),))
     small = speedup.apply(copy.deepcopy(model), plan)
     assert small.fn.up.shape == (2, 8, 12) and small.fn.down.shape == (2, 12, 8), plan.blocked
