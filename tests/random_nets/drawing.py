@@ -33,7 +33,7 @@ def draw(seed: int, most_steps: int = 7) -> tuple[Builder, NewInput]:
         value = b.add(nn.Embedding(WORDS, 8), 0)
     else:
         value = catalogue.conv(b, 0) if kind == "image" else catalogue.linear(b, 0)
-    for _ in range(rng.randint(2, most_steps)):
+    for _ in range(rng.randint(3, most_steps)):
         by_rank = {2: catalogue.VECTOR, 3: catalogue.TOKENS, 4: catalogue.IMAGE}
         made = rng.choice(by_rank[b.values[value].dim()])(b, value)
         value = value if made is None else made

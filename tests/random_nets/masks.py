@@ -21,7 +21,7 @@ def mask_slices(b: Builder, rng: random.Random) -> None:
     for fqn, layer in b.net.named_modules():
         if isinstance(layer, Attention):
             _mask_heads(layer, rng)
-        elif isinstance(layer, (nn.Linear, nn.Embedding, *CONVOLUTIONS)) and rng.random() < 0.6:
+        elif isinstance(layer, (nn.Linear, nn.Embedding, *CONVOLUTIONS)) and rng.random() < 0.75:
             index = _mask_weight(layer, rng)
             if index is not None:
                 rows[fqn] = index
@@ -30,7 +30,7 @@ def mask_slices(b: Builder, rng: random.Random) -> None:
     for maker, reader in b.fed:
         norm = b.net.get_submodule(reader)
         if maker in rows and "Norm" in type(norm).__name__ and getattr(norm, "weight", None) is not None:
-            for name in ("weight", "bias") if rng.random() < 0.7 else ():
+            for name in ("weight", "bias") if rng.random() < 0.85 else ():
                 if rows[maker] and len(norm.weight) > rows[maker][-1]:
                     _zero(norm, name, 0, rows[maker])
     for fqn, parameter in b.net.named_parameters():
@@ -77,7 +77,7 @@ def _mask_weight(layer: nn.Module, rng: random.Random) -> list[int] | None:
     _zero(layer, "weight", out, index)
     if transposed and groups > 1:
         index = [g * weight.shape[1] + i for g in range(groups) for i in index]
-    if rng.random() < 0.8:
+    if rng.random() < 0.9:
         _zero(layer, "bias", 0, index)
     return index
 
