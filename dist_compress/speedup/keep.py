@@ -138,11 +138,12 @@ class Keep:
         """What no constraint ties to data stays: dims that only weights have, rows of a table beyond this input."""
         s = self.structure
         reached = {var for key in s.known() if facts.dependent(Ref(key)) for var in s.dims(Ref(key))}
+        tied = self._tied_to(reached)
         for var in self.kept:
             if var in reached:
                 continue
             unread = torch.ones(s.sizes[var], dtype=torch.bool)
-            for constraint in self._constraints.get(var, ()):
+            for constraint in self._constraints.get(var, ()) if var in tied else ():
                 if isinstance(constraint, Box):
                     unread[:] = False
                     break
@@ -150,6 +151,17 @@ class Keep:
                     if side == var:
                         unread[index] = False
             self.grow(var, unread, "is not computed with the input")
+
+    def _tied_to(self, variables: set[int]) -> set[int]:
+        """Those, and what a chain of constraints ties to them."""
+        found, queue = set(variables), list(variables)
+        while queue:
+            for constraint in self._constraints.get(queue.pop(), ()):
+                sides = (*constraint.a, *constraint.b) if isinstance(constraint, Box) else (constraint.a, constraint.b)
+                fresh = set(sides) - found
+                found |= fresh
+                queue.extend(fresh)
+        return found
 
     def grow(self, var: int, vector: torch.Tensor, why: str) -> None:
         """Keep the positions of `vector` too."""
