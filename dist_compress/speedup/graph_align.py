@@ -94,13 +94,16 @@ def calls_of(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str
     return found
 
 
-def align(name: str, module: nn.Module, program: Program, inputs: Inputs, s: Structure) -> Aligned:
-    """Raises UserError when the graph's ops are not those that the tape has inside submodule `name`."""
+def align(names: set[str], module: nn.Module, program: Program, inputs: Inputs, s: Structure) -> Aligned:
+    """`names`: those of the module and of its submodules on the tape.
+
+    Raises UserError when the graph's ops are not those that the tape has inside the module.
+    """
     watched = _Watched(module, program)
     inputs = tree_map_only(torch.Tensor, lambda t: t.detach().clone(), inputs)
     leaves = {id(op.target.module) for op in s.trace.tape if isinstance(op.target, ModuleCall)}
     again = trace(watched, *inputs, leaves=lambda m: id(m) in leaves)
-    inside = [op for op in s.trace.tape if name in ("", op.module) or op.module.startswith(f"{name}.")]
+    inside = [op for op in s.trace.tape if op.module in names]
     found = _match(again, s.trace, inside)
 
     def whole(tree: Any) -> Any:

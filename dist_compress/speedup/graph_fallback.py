@@ -20,6 +20,7 @@ from dist_compress.speedup.cost import resize_batch
 from dist_compress.speedup.graph_align import Aligned, Inputs, align, calls_of, program_of
 from dist_compress.speedup.graph_repair import Kepts, as_planned, repair, sliced_inputs
 from dist_compress.speedup.keep import Keep
+from dist_compress.speedup.masking import tensors_of
 from dist_compress.speedup.plan import GraphRewrite, Plan, encode
 from dist_compress.speedup.structure import Structure
 from dist_compress.speedup.verify import verify
@@ -112,8 +113,10 @@ class Fallback:
     def _record(self, name: str, inputs: Inputs, exchanged: set[str]) -> tuple[Aligned, tuple[str, ...]]:
         """With the submodules as calls where that can be, so that they keep their own code; else with all inlined."""
         module = self.model.get_submodule(name)
+        parts = set(module.modules())  # one that is shared goes by a name elsewhere
+        names = {fqn for fqn, part in self.model.named_modules() if part in parts}
         if isinstance(module, fx.GraphModule):
-            return align(name, module, program_of(module, inputs, []), inputs, self.structure), ()
+            return align(names, module, program_of(module, inputs, []), inputs, self.structure), ()
         encode(inputs, name, {})  # what cannot be stored cannot be recorded again
         prefix = f"{name}." if name else ""
         inside = {n for n in exchanged if n.startswith(prefix) and n != name}
@@ -121,7 +124,7 @@ class Fallback:
         for calls in (_called(module, prefix), tuple(sorted(inside))):
             try:
                 program = program_of(module, inputs, [self.model.get_submodule(call) for call in calls])
-                return align(name, module, program, inputs, self.structure), calls
+                return align(names, module, program, inputs, self.structure), calls
             except UserError as failure:
                 error = failure
         assert error is not None
@@ -130,8 +133,7 @@ class Fallback:
 
 def shrunk(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy with the plan applied; tensors that stay whole are not copied."""
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return apply(copy.deepcopy(model, shared), plan)
+    return apply(copy.deepcopy(model, tensors_of(model)), plan)
 
 
 def _called(module: nn.Module, prefix: str) -> tuple[str, ...]:
