@@ -13,6 +13,7 @@ from torch import nn
 from dist_compress.errors import UserError
 from dist_compress.speedup import custom
 from dist_compress.speedup.keep import build
+from dist_compress.speedup.masking import masked
 from dist_compress.speedup.norms import norm_leaves
 from dist_compress.speedup.settings import Settings
 from dist_compress.speedup.structure import Structure
@@ -70,6 +71,36 @@ class Capture:
         norms = norm_leaves(model) if self.settings.norm != "keep" else None
         leaves = custom.is_leaf if norms is None else lambda module: custom.is_leaf(module) or norms(module)
         return trace(model, self.args, self.kwargs, values, leaves)
+
+
+class Reference:
+    """The masked model and its run, made when first asked for. `masks` as `masking.check_masks` returns them."""
+
+    def __init__(self, given: Capture, masks: dict[str, torch.Tensor]):
+        self.given, self.masks = given, masks
+
+    @property
+    def made(self) -> bool:
+        return "structure" in vars(self)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The captured model, or a copy with masked weights."""
+        return masked(self.given.model, self.masks) if self.masks else self.given.model
+
+    @cached_property
+    def structure(self) -> Structure:
+        return self.given.structure_of(self.model)
+
+    @property
+    def same_program(self) -> bool:
+        """Whether the masked model runs as the captured one did; if not, its structure is another."""
+        return self.structure.parent is self.given.structure.parent
+
+    def values(self) -> dict[int, torch.Tensor]:
+        """The values of the masked run by the refs of the captured one; {} when these are not its refs."""
+        structure = self.structure
+        return structure.trace.values if self.same_program else {}
 
 
 def capture(

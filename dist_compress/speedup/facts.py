@@ -13,13 +13,15 @@ import torch
 
 from dist_compress.speedup import sets
 from dist_compress.tracing import Ref, Trace
+from dist_compress.tracing.constants import constant
 
 
 class Facts:
     """What `propagation.propagate` finds out. Sets are on the CPU, broadcast-compressed.
 
     masks {parameter fqn: bool, of its rank, broadcastable to it}: what is nonzero, without any value; None: the trace
-    has values. `values`: how to get those of the masked run should they be needed, {} where there are none.
+    has values. `values`: how to get those of the masked run should they be needed, {} where there are none. `zeros`:
+    zeros of the weights count as masks do, and constants that turn out to be zero in the masked run as zeros.
     """
 
     def __init__(
@@ -27,13 +29,16 @@ class Facts:
         trace: Trace,
         masks: Mapping[str, torch.Tensor] | None = None,
         values: Callable[[], dict[int, torch.Tensor]] = dict,
+        zeros: bool = False,
     ):
-        self.trace, self.masks = trace, masks
+        self.trace, self.masks, self.zeros = trace, masks, zeros
         self._make_values = values
         self._values = trace.values if masks is None else None
         self._tainted: dict[int, torch.Tensor] = {}
         self._observed: dict[int, torch.Tensor] = {}
         self._nonzero: dict[int, torch.Tensor] = {}
+        self._settled: set[int] = set()  # of `_nonzero`, without values
+        self._weightless = self._find_weightless() if masks is not None else set()
 
     def taint(self, ref: Ref, elements: torch.Tensor) -> None:
         self._tainted[ref.id] = sets.canonical(elements)
@@ -74,20 +79,34 @@ class Facts:
 
     def nonzero(self, ref: Ref) -> torch.Tensor:
         """Elements that are not a known zero."""
-        if ref.id not in self._nonzero:
-            self._nonzero[ref.id] = self._by_value(ref) if self.masks is None else self._by_mask(ref, self.masks)
+        if self.masks is None:
+            if ref.id not in self._nonzero:
+                self._nonzero[ref.id] = self._by_value(ref)
+        elif ref.id not in self._settled:
+            self._nonzero[ref.id] = self._settle(ref, self._nonzero.get(ref.id), self.masks)
+            self._settled.add(ref.id)
         return self._nonzero[ref.id]
+
+    def _settle(self, ref: Ref, known: torch.Tensor | None, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What follows from masks; `known`: what the op that made it says."""
+        known = self._by_mask(ref, masks) if known is None else known
+        if self.zeros and self.dependent(ref) and bool((known & ~self.tainted(ref)).any()):
+            value = self.value(ref)
+            if value is not None:
+                known = known & self._seen_nonzero(ref, value)
+        return sets.canonical(known)
 
     def _by_value(self, ref: Ref) -> torch.Tensor:
         tainted = self.tainted(ref)
         if sets.is_all(tainted):
             return tainted
-        values = self.trace.values[ref.id]
-        if not self.dependent(ref):
-            whole = int(values.count_nonzero()) == values.numel()
-            return sets.uniform(values.dim(), True) if whole else sets.compress((values != 0).cpu())
-        value = (values != 0).cpu()
-        known = sets.restrict(value, tainted) if tainted.numel() > 1 else value
+        value = self.trace.values[ref.id]
+        return self._seen_nonzero(ref, value) if self.dependent(ref) else _nonzero_elements(value)
+
+    def _seen_nonzero(self, ref: Ref, value: torch.Tensor) -> torch.Tensor:
+        """What is tainted or was not zero."""
+        tainted, nonzero = self.tainted(ref), (value != 0).cpu()
+        known = sets.restrict(nonzero, tainted) if tainted.numel() > 1 else nonzero
         return sets.canonical(known | tainted)
 
     def _by_mask(self, ref: Ref, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -96,7 +115,20 @@ class Facts:
         for fqn in info.all_fqns:
             if fqn in masks:
                 total = total & masks[fqn]
-        return sets.canonical(total)
+        if ref.id in self._weightless:
+            value = constant(self.trace, ref)
+            total = total if value is None else _nonzero_elements(value)
+        elif self.zeros and info.kind in ("param", "buffer") and not self.trace.values[ref.id].is_meta:
+            total = total & _nonzero_elements(self.trace.values[ref.id])
+        return total
+
+    def _find_weightless(self) -> set[int]:
+        """Ids of tensors that neither inputs nor weights made: their values are those of every run."""
+        found = {key for key, info in self.trace.tensors.items() if info.kind == "const"}
+        for op in self.trace.tape:
+            if all(ref.id in found for ref in op.inputs):
+                found.update(ref.id for ref in op.outputs if ref is not None)
+        return found
 
     def alive(self, ref: Ref) -> torch.Tensor:
         return self.observed(ref) & self.tainted(ref)
@@ -104,3 +136,9 @@ class Facts:
     def constants(self, ref: Ref) -> torch.Tensor:
         """Elements that may be a constant other than zero."""
         return self.nonzero(ref) & ~self.tainted(ref)
+
+
+def _nonzero_elements(value: torch.Tensor) -> torch.Tensor:
+    if int(value.count_nonzero()) == value.numel():  # one pass, and most weights are so
+        return sets.uniform(value.dim(), True)
+    return sets.compress((value != 0).cpu())

@@ -40,10 +40,19 @@ def check_masks(model: nn.Module, masks: Masks) -> dict[str, torch.Tensor]:
 
 def masked(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
     """A copy of `model` with its masked parameters multiplied by their masks; it shares all other tensors."""
-    shared: dict[int, torch.Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    shared = tensors_of(model)
     for fqn, mask in masks.items():
         parameter = model.get_parameter(fqn)
         known = shared[id(parameter)]  # a tied parameter may have a mask under each of its names
         value = known.detach() * mask.to(known.device)
         shared[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     return copy.deepcopy(model, shared)
+
+
+def tensors_of(model: nn.Module) -> dict[int, torch.Tensor]:
+    """The memo of a deepcopy that copies no tensor: parameters, buffers, and what modules hold as plain attributes.
+
+    The latter may have been computed (the weight of an old weight norm), which deepcopy refuses.
+    """
+    plain = (value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor))
+    return {id(t): t for t in (*model.parameters(), *model.buffers(), *plain)}

@@ -15,13 +15,14 @@ from torch import nn
 from dist_compress.errors import UserError
 from dist_compress.speedup import sets
 from dist_compress.speedup.attributes import attributes
-from dist_compress.speedup.capture import Capture, captured
+from dist_compress.speedup.capture import Capture, Reference, captured
 from dist_compress.speedup.custom import resized
 from dist_compress.speedup.facts import Facts
 from dist_compress.speedup.fold import close_constants
+from dist_compress.speedup.gains import close_gains
 from dist_compress.speedup.graph_fallback import Fallback
 from dist_compress.speedup.keep import Keep, pin_modules
-from dist_compress.speedup.masking import Masks, check_masks, masked
+from dist_compress.speedup.masking import Masks, check_masks
 from dist_compress.speedup.model_config import config_changes
 from dist_compress.speedup.norms import NormModule
 from dist_compress.speedup.plan import Blocked, Plan
@@ -61,9 +62,40 @@ def plan(
         if masks is None:
             raise UserError("plan: this model is on the meta device, so its weights have no zeros; give masks={...}.")
         return solve(given, given.model, given.structure, propagate(given.trace, checked), round_to)
-    pruned = masked(given.model, checked) if checked else given.model
-    structure = given.structure_of(pruned)
-    return solve(given, pruned, structure, propagate(structure.trace), round_to)
+    reference = Reference(given, checked)
+    made = _by_masks(reference, round_to)
+    if made is not None:
+        return made
+    structure = reference.structure
+    return solve(given, reference.model, structure, propagate(structure.trace), round_to)
+
+
+def _by_masks(reference: Reference, round_to: int) -> Plan | None:
+    """The plan that needs values only where constants leak, or None when it is not that easy.
+
+    Then code holds sizes of its own, or looks at the weights, and `solve` finds out what to do.
+    """
+    given = reference.given
+    s = given.structure
+    facts = propagate(given.trace, reference.masks, reference.values, zeros=True)
+    keep = Keep(s, facts, {}, round_to)
+    model = reference.model if reference.made else given.model
+    bias = _values(s, facts, keep, model)
+    if bias and not reference.made:  # they hold masked weights
+        bias = _values(s, facts, keep, reference.model)
+    made = _extract(given, s, facts, keep, model, bias)
+    made.config = config_changes(model, made)
+    if not made.keep:
+        return made
+    return made if s.settings.norm != "plain" and verified(reference, made, keep) else None
+
+
+def verified(reference: Reference, made: Plan, keep: Keep) -> bool:
+    """Whether the shrunk model runs as planned and gives what the masked model gives."""
+    structure = reference.structure
+    if not reference.same_program:
+        return False
+    return rehearse(reference.given, reference.model, made, structure, keep, compare=True) is None
 
 
 def solve(given: Capture, model: nn.Module, s: Structure, facts: Facts, round_to: int = 1) -> Plan:
@@ -76,7 +108,7 @@ def solve(given: Capture, model: nn.Module, s: Structure, facts: Facts, round_to
     fallback = Fallback(model, s, (given.args, given.kwargs), compare)
     while True:
         keep = Keep(s, facts, pin_modules(s, banned), round_to)
-        bias = close_constants(s, facts, keep, model)
+        bias = _values(s, facts, keep, model)
         made = _extract(given, s, facts, keep, model, bias)
         if not made.keep:
             return made
@@ -93,6 +125,16 @@ def solve(given: Capture, model: nn.Module, s: Structure, facts: Facts, round_to
             return made
         culprits = _culprit(failed, banned, s, keep, model)
         banned |= culprits - fallback.choose(culprits, made, keep)
+
+
+def _values(s: Structure, facts: Facts, keep: Keep, model: nn.Module) -> dict[str, torch.Tensor]:
+    """New values of biases and gains, once all that would need others is kept."""
+    while True:
+        bias = close_constants(s, facts, keep, model)
+        size = keep.size()
+        gains = close_gains(s, keep, model)
+        if keep.size() == size:
+            return bias | gains
 
 
 def _extract(

@@ -9,24 +9,25 @@ import torch
 from dist_compress.speedup import sets
 from dist_compress.speedup.facts import Facts
 from dist_compress.speedup.rules import rule_of
-from dist_compress.tracing import Trace
+from dist_compress.tracing import Op, Trace
 
 
 def propagate(
     trace: Trace,
     masks: Mapping[str, torch.Tensor] | None = None,
     values: Callable[[], dict[int, torch.Tensor]] = dict,
+    zeros: bool = False,
 ) -> Facts:
     """What depends on the inputs of a trace, and what its outputs can see. Local.
 
-    Zeros are those of the trace's values, or with `masks` (as in `Facts`) what follows from them without values.
+    Zeros are those of the trace's values, or with `masks` what follows from them without values; all as in `Facts`.
     """
-    facts = Facts(trace, masks, values)
+    facts = Facts(trace, masks, values, zeros)
     for ref in trace.inputs:
         facts.taint(ref, sets.uniform(len(facts.shape(ref)), True))
     for op in trace.tape:
         rule = rule_of(op)
-        if masks is not None and (rule.makes_zeros or not all(sets.is_all(facts.nonzero(ref)) for ref in op.inputs)):
+        if masks is not None and op.inputs and (rule.makes_zeros or _some_zero(op, facts)):
             for ref, elements in zip(op.outputs, rule.nonzero(op, facts), strict=True):
                 if ref is not None:
                     facts.set_nonzero(ref, elements)
@@ -44,3 +45,7 @@ def propagate(
             if facts.dependent(ref):
                 facts.observe(ref, elements)
     return facts
+
+
+def _some_zero(op: Op, facts: Facts) -> bool:
+    return not all(sets.is_all(facts.nonzero(ref)) for ref in op.inputs)
