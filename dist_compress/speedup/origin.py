@@ -24,11 +24,13 @@ def layer_of(fqn: str) -> tuple[str, str]:
     return owner, "weight" if name in ("weight_v", "weight_orig") else name
 
 
-def behind(trace: Trace, made_by: dict[int, Op], ref: Ref) -> tuple[Ref | None, list[int | None]]:
+def behind(
+    trace: Trace, made_by: dict[int, Op], ref: Ref, repeated: bool = False
+) -> tuple[Ref | None, list[int | None]]:
     """(the parameter, its dim for each dim of `ref`; None for a dim it does not have), or (None, []).
 
     Follows transposes and casts only, so that the parameter's elements are the operand's elements, and a weight norm
-    to what it normalises.
+    to what it normalises; where `repeated`, what is repeated for each sample too (the affine of an instance norm).
     """
     dims: list[int | None] = list(range(len(trace.info(ref).shape)))
     while trace.info(ref).kind == "value" and not trace.info(ref).dependent:
@@ -42,7 +44,8 @@ def behind(trace: Trace, made_by: dict[int, Op], ref: Ref) -> tuple[Ref | None, 
         source = op.inputs[0]
         shape = trace.info(source).shape
         dim_map = rule.maps(op, shape, {})[0] if 0 not in shape else None
-        if dim_map is None or any(index is not None for _, index in dim_map.dims):
+        whole = repeated and op.name == "repeat"
+        if dim_map is None or any(index is not None and not whole for _, index in dim_map.dims):
             return None, []
         moved = [dim for dim, _ in dim_map.dims]
         dims = [None if d is None else moved[d] for d in dims]
