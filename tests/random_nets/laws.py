@@ -75,7 +75,8 @@ def _check(seed: int) -> Outcome:
     assert max(errors) <= TOLERANCE, f"masked and shrunk differ by {max(errors):.1e}"
     if coupling is not None and round_to == 1:
         _all_gone(units, coupling, plan)
-    small.train()(new_input(BATCH + 1))
+    with torch.no_grad():  # autograd refuses some in-place steps of the drawn nets
+        small.train()(new_input(BATCH + 1))
     sizes = [sum(p.numel() for p in model.parameters()) for model in (net, small)]
     return Outcome(style, *sizes, sum(map(len, units.values())), max(errors))
 
