@@ -68,7 +68,7 @@ class Fallback:
             try:
                 numbers = repair(aligned, small.get_submodule(name), kepts)
             except Exception as error:  # the interpreter runs the user's code
-                self._refuse(name, str(error))
+                self._refuse(name, str(error).partition("\n")[0])
                 continue
             if numbers:
                 own = isinstance(self.model.get_submodule(name), fx.GraphModule)  # is not recorded again

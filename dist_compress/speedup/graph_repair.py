@@ -47,6 +47,12 @@ class Kepts:
         value = None if ref is None else self.values.get(ref.id)
         return None if value is None or ref is None else self.slice(value, ref)
 
+    def planned(self, ref: Ref) -> torch.Tensor:
+        """The kept value, or zeros of the planned shape."""
+        value, shape = self.value(ref), self.shape(ref)
+        assert shape is not None
+        return torch.zeros(shape, dtype=self.structure.trace.info(ref).dtype) if value is None else value.clone()
+
     def slice(self, tensor: torch.Tensor, ref: Ref | None) -> torch.Tensor:
         for dim, kept in enumerate(self.dims(ref) or ()):
             if not bool(kept.all()):
@@ -94,6 +100,8 @@ class _Repair(Interpreter):
         self.found: dict[str, Changes] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_module":
+            return self._called(n)
         if n.op not in ("call_function", "call_method") or n.name in self.aligned.ints:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -111,6 +119,16 @@ class _Repair(Interpreter):
         if changes or error is not None:
             changes = self.found[n.name] = self._search(n, args, kwargs, changes, error)
         return self._execute(*changed((n.target, args, kwargs), changes))
+
+    def _called(self, n: fx.Node) -> Any:
+        """A submodule whose own code fails may become a graph as well: it is taken to give what is planned."""
+        try:
+            return super().run_node(n)
+        except Exception:
+            refs = self.aligned.refs[n.name]
+            if not all(isinstance(ref, Ref) and self.kepts.shape(ref) is not None for ref in tree_leaves(refs)):
+                raise
+            return tree_map(self.kepts.planned, refs)
 
     def _call(self, n: fx.Node) -> Call:
         ints, refs = self.aligned.ints, self.aligned.refs

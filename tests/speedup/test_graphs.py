@@ -238,3 +238,40 @@ def test_another_program_is_refused_and_nothing_changes():
     wrong = replace(plan.graphs["attention"], inputs=((torch.randn(1, 6, 7),), {}))
     with pytest.raises(UserError, match="cannot be recorded"):
         apply(Net(Attention), replace(plan, graphs={"attention": wrong}))
+
+
+class Groups(nn.Module):
+    """Two heads and two heads, treated apart; shared by all attentions."""
+
+    def forward(self, v):
+        one, other = v.split([2, 2], 1)
+        return torch.cat([one, other.roll(1, 2)], 1)
+
+
+class Convolved(Attention):
+    groups = Groups()
+
+    def __init__(self):
+        super().__init__()
+        self.extra = self.groups
+
+    def scores(self, q, k):
+        return super().scores(q, k) + self.extra(k.mean(-1, keepdim=True)).mT
+
+
+def test_a_graph_that_calls_a_shared_module_that_is_a_graph():
+    class Both(Net):
+        def __init__(self):
+            super().__init__(Convolved)
+            self.second = Convolved()
+
+        def forward(self, x):
+            return super().forward(self.second(x))
+
+    model = Both()
+    rows = [j * 32 + 8 + i for j in range(3) for i in range(8)]
+    for attention in (model.attention, model.second):
+        zero((attention.qkv.weight, rows), (attention.qkv.bias, rows))
+    plan, small = planned(model)
+    assert set(plan.graphs) == {"attention", "second", "attention.extra"}
+    assert small.second.extra is small.attention.extra and small.second.proj.weight.shape == (32, 24)
