@@ -9,6 +9,7 @@ from torch import nn
 from dist_compress.speedup import sets
 from dist_compress.speedup.keep import Keep
 from dist_compress.speedup.movement import View
+from dist_compress.speedup.origin import behind, layer_of, makers
 from dist_compress.speedup.recurrent import recurrent_sizes
 from dist_compress.speedup.rules import rule_of
 from dist_compress.speedup.structure import Structure
@@ -35,18 +36,22 @@ def attributes(s: Structure, keep: Keep, model: nn.Module, uses: Callable[[], li
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[str, int] = {}
-    groups = {c.b.id: c.groups for c in s.contractions if c.groups is not None}
+    made_by = makers(s.trace)
+    weights = {c.b: behind(s.trace, made_by, c.b)[0] or c.b for c in s.contractions if c.groups is not None}
+    groups = {weights[c.b].id: c.groups for c in s.contractions if c.groups is not None}
+    by_module = {c.op.module: c.groups for c in s.contractions if c.groups is not None}  # of computed weights
     for key in s.known():
         info = s.trace.info(Ref(key))
         for fqn in info.all_fqns:
-            owner, _, name = fqn.rpartition(".")
-            if name not in ("weight", "running_mean"):
+            owner, name = layer_of(fqn)
+            if (name, info.kind) not in (("weight", "param"), ("running_mean", "buffer")):
                 continue
             module = modules[owner]
             sizes = [int(keep.kept[var].sum()) for var in s.dims(Ref(key))]
             new = {}
             if isinstance(module, nn.modules.conv._ConvNd):
-                num_groups = int(keep.kept[groups[key]].sum()) if key in groups else 1
+                group = groups.get(key, by_module.get(owner))
+                num_groups = module.groups if group is None else int(keep.kept[group].sum())
                 new = _convolution(module, sizes, num_groups)
             for kind, names in _SIZES:
                 if isinstance(module, kind):

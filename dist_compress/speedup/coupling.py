@@ -49,15 +49,15 @@ def _roles(s: Structure) -> list[tuple[str, int, int, str]]:
     made_by = makers(s.trace)
     found: dict[tuple[str, int], tuple[str, int, int, str]] = {}
     for (key, dim), role in s.roles.items():
-        ref, dims = behind(s.trace, made_by, Ref(key))
+        ref, dims = behind(s.trace, made_by, Ref(key), repeated=True)
         own = dims[dim] if ref is not None else None
         if ref is None or own is None:
             continue
         info, var = s.trace.info(ref), s.dims(ref)[own]
         known = found.get((info.fqn, own))
-        if known is None or role == "producer":
+        if known is None or role == "producer" and known[3] != "normalised":
             found[(info.fqn, own)] = (info.fqn, own, var, role)
-    return list(found.values())
+    return [(fqn, dim, var, "consumer" if role == "normalised" else role) for fqn, dim, var, role in found.values()]
 
 
 def _check(

@@ -12,7 +12,7 @@ from torch import nn
 from dist_compress.speedup import sets
 from dist_compress.speedup.facts import Facts
 from dist_compress.speedup.keep import Keep
-from dist_compress.speedup.origin import behind, makers
+from dist_compress.speedup.origin import behind, layer_of, makers
 from dist_compress.speedup.structure import Contraction, Structure
 
 _TOLERANCE = 1e-6  # of the largest constant: what counts as one number per channel
@@ -75,6 +75,8 @@ def _contribution(c: Contraction, s: Structure, facts: Facts, keep: Keep) -> tor
         total = torch.einsum(c.equation, only, b.double())
     else:
         total = only @ b.double()
+    if total.dim() == 0:
+        return total
     out_var = s.dims(c.op.out)[c.result_dim]
     kept = keep.kept[out_var].nonzero().flatten().to(a.device)
     return total.index_select(c.result_dim, kept)
@@ -84,10 +86,10 @@ def _fold(
     c: Contraction, s: Structure, contribution: torch.Tensor, model: nn.Module, fqns: tuple[str, ...], keep: Keep
 ) -> tuple[str, torch.Tensor] | None:
     """(bias fqn, new kept values), or None where one bias cannot hold the constants."""
-    owner, _, name = fqns[0].rpartition(".")
+    owner, name = layer_of(fqns[0])
     module = model.get_submodule(owner)
     padded = c.op.name == "convolution" and any(c.op.arg("padding"))
-    if len(fqns) != 1 or name != "weight" or padded or contribution.dim() == 3 and c.op.name == "bmm":
+    if contribution.dim() == 0 or len(fqns) != 1 or name != "weight" or padded or contribution.dim() == 3 and c.op.name == "bmm":
         return None
     if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or not _same_bias(c, s, module, owner):
         return None

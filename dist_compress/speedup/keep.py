@@ -163,6 +163,10 @@ class Keep:
                 queue.extend(fresh)
         return found
 
+    def size(self) -> int:
+        """How many positions are kept."""
+        return sum(int(kept.sum()) for kept in self.kept.values())
+
     def grow(self, var: int, vector: torch.Tensor, why: str) -> None:
         """Keep the positions of `vector` too."""
         fresh = vector & ~self.kept[var]

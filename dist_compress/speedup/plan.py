@@ -59,7 +59,8 @@ class Plan:
 
     keep: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)  # tensor fqn -> dim -> int64 [kept]
     attrs: dict[str, int] = field(default_factory=dict)  # "fqn.attr" -> new value
-    bias: dict[str, torch.Tensor] = field(default_factory=dict)  # fqn -> new value, already sliced
+    # biases and gains of weight norms: fqn -> new value, already sliced
+    bias: dict[str, torch.Tensor] = field(default_factory=dict)
     blocked: list[Blocked] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of each tensor in `keep`, before
     swaps: dict[str, Swap] = field(default_factory=dict)  # module fqn -> its replacement

@@ -20,6 +20,7 @@ from dist_compress.speedup.contraction import Matmul
 from dist_compress.speedup.custom import is_leaf
 from dist_compress.speedup.elementwise import Pointwise
 from dist_compress.speedup.keep import Keep
+from dist_compress.speedup.masking import tensors_of
 from dist_compress.speedup.movement import View
 from dist_compress.speedup.plan import Plan
 from dist_compress.speedup.rules import rule_of
@@ -40,8 +41,7 @@ def rehearse(given: Capture, model: nn.Module, plan: Plan, s: Structure, keep: K
     recorded = s.trace
     if not compare and not plan.graphs and _runs_without_values(given, model, plan, s, keep):
         return None
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    small = apply(copy.deepcopy(model, shared), plan)  # tensors that stay whole are not copied
+    small = apply(copy.deepcopy(model, tensors_of(model)), plan)  # tensors that stay whole are not copied
     try:
         again = trace(small, given.args, given.kwargs)
     except TraceError as error:

@@ -15,6 +15,7 @@ from dist_compress.speedup import (
     named,
     norms,
     overlay,
+    weight_norm,
 )
 from dist_compress.speedup.probe import Probed
 from dist_compress.speedup.rule import Rule
@@ -60,6 +61,7 @@ _NAMES: dict[Rule, str] = {
     "upsample_bicubic2d upsample_linear1d upsample_trilinear3d reflection_pad1d reflection_pad2d replication_pad1d "
     "replication_pad2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa",
     dimwise.Embedding(): "embedding",
+    weight_norm.WeightNorm(): " ".join(weight_norm.NAMES),
     bilinear.Fixed(): " ".join(bilinear.Fixed.table),
     bilinear.GroupedMatmul(): "_grouped_mm",
     bilinear.DeformableConvolution(): "deform_conv2d",
