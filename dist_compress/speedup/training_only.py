@@ -15,6 +15,8 @@ from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import Ref
 from dist_compress.tracing.trace import untouched
 
+_Reader = tuple[str, str | None, tuple[int, ...]]
+
 
 def pin_training_inputs(s: Structure, model: nn.Module, args: Any, kwargs: Any) -> None:
     """Pin what modules read that own parameters and were not called in the eval run. The model is left as it was."""
@@ -29,9 +31,11 @@ def pin_training_inputs(s: Structure, model: nn.Module, args: Any, kwargs: Any) 
         outputs.setdefault(name, []).extend(refs)
     everything = [ref for op in s.trace.tape for ref in op.outputs if ref is not None]  # the maker is unknown
     outputs["an input"] = []
-    for reader, maker in _readers(model, uncalled, args, kwargs):
+    for reader, maker, shape in _readers(model, uncalled, args, kwargs):
         for ref in outputs.get(maker, everything):
-            s.pin_all(ref, f"is read by {reader} in training mode")
+            for var in s.dims(ref):
+                if maker in outputs or s.sizes[var] in shape:
+                    s.pin(var, f"is read by {reader} in training mode")
 
 
 def _holds_unused_parameters(s: Structure) -> bool:
@@ -39,21 +43,21 @@ def _holds_unused_parameters(s: Structure) -> bool:
     return any(info.kind == "param" and key not in used for key, info in s.trace.tensors.items())
 
 
-def _readers(model: nn.Module, uncalled: dict[nn.Module, str], args: Any, kwargs: Any) -> list[tuple[str, str | None]]:
-    """(uncalled module, module that made its input, None when none did), outermost modules only.
+def _readers(model: nn.Module, uncalled: dict[nn.Module, str], args: Any, kwargs: Any) -> list[_Reader]:
+    """(uncalled module, module that made its input, None when none did, the input's shape), outermost modules only.
 
     Empty when the model does not run in training mode on this input.
     """
     names = {module: name for name, module in model.named_modules()}
     made: dict[int, str] = {}
     held: list[Any] = []
-    found: list[tuple[str, str | None]] = []
+    found: list[_Reader] = []
     inside: list[str] = []
 
     def before(module: nn.Module, inputs: Any) -> None:
         if module in uncalled and not inside:
             tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
-            found.extend((uncalled[module], made.get(id(tensor))) for tensor in tensors)
+            found.extend((uncalled[module], made.get(id(tensor)), tuple(tensor.shape)) for tensor in tensors)
         if module in uncalled:
             inside.append(uncalled[module])
 
