@@ -14,9 +14,10 @@ PACKAGE = ROOT / "dist_compress"
 # Top to bottom: a module imports only from lower lines, and modules of one line never import each other.
 LAYERS = [
     ["__main__"],
-    ["sweep"],
+    ["sweep", "own_loop"],
     ["compose", "run_folder"],
     ["run"],
+    ["one_shot"],
     ["outcome"],
     ["training", "export", "reporting"],
     ["pruning", "quantization", "distillation", "speedup", "backends", "models"],

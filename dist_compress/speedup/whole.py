@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from dist_compress.errors import UserError
@@ -22,7 +24,7 @@ from dist_compress.speedup.plan import Blocked, Plan
 from dist_compress.speedup.planning import plan
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What `speedup` did. `macs` are of the example as it is; None where the model cannot be counted."""
 
@@ -59,6 +61,15 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join(f"{what:<13} {value}" for what, value in self.lines())
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __rich__(self) -> Table:
+        table = Table(show_header=False, box=None)
+        for what, value in self.lines():
+            table.add_row(what, Text(value))
+        return table
 
 
 def speedup(
