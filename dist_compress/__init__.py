@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.fx import GraphModule
 
-    from dist_compress.own_loop import Attached
-
     from dist_compress.one_shot import PruneReport
+    from dist_compress.own_loop import Attached
 
 __version__ = "0.1.0"
 __all__ = ["attach", "concrete_trace", "load", "prune"]

@@ -75,6 +75,17 @@ def _environment_store(rank: int, timeout: timedelta) -> dist.Store:
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
 
 
+def join() -> None:
+    """Use the group that the user's own program has set up, if any. Collective."""
+    global _objects, _patient, _device
+    if not is_initialized() or _patient is not None:
+        return
+    if dist.get_backend() == "nccl":
+        _device = torch.device("cuda", torch.cuda.current_device())
+        _objects = dist.new_group(backend="gloo")  # type: ignore[assignment]
+    _patient = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]
+
+
 def shutdown(wait: bool = True) -> None:
     """Leave the group. Collective when `wait`, which a rank that failed must not ask for."""
     global _store, _objects, _patient

@@ -1,0 +1,194 @@
+"""Compression inside a training loop of one's own: hooks on the loss and on the optimizer, no trainer.
+
+    c = dist_compress.attach(model, optimizer, recipe, args=(example,), total_steps=1000)
+    for x, y in batches:
+        c.loss(criterion(model(x), y)).backward()
+        c.step()                                    # or optimizer.step(), wherever it is called
+        optimizer.zero_grad()
+    small, report = c.finish()
+
+Works where somebody else calls the optimizer (Hugging Face Trainer, Lightning): what has to happen around a step hangs
+on the optimizer itself. The laws are those of a run: N ranks decide what one would, masked equals shrunk.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import Variable
+
+from dist_compress import comm, compose, pruning, speedup
+from dist_compress.config import Config, load
+from dist_compress.errors import UserError
+from dist_compress.method import Context, Method
+from dist_compress.projection import Projection
+from dist_compress.speedup import Plan, apply, apply_to_state
+from dist_compress.training import optim
+
+Recipe = str | Sequence[str] | Mapping[str, Any]
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    total_steps: int,
+    steps_per_epoch: float | None = None,
+    micro_batches: int = 1,
+) -> Attached:
+    """Attach the methods of `recipe` to a model in training. Collective: every rank calls it alike.
+
+    `model`: as it is, or wrapped by DistributedDataParallel. `optimizer`: one of its parameters, elementwise.
+    `recipe`: the name of a recipe of conf/recipe, a list of overrides such as ["+recipe=resnet_prune",
+    "pruning.sparse_ratio=0.3"], or a mapping with the sections `pruning` and `speedup`; the rest of a configuration
+    is your loop's. `args`, `kwargs`: an example of a call. `total_steps`: optimizer steps of the training to come;
+    `micro_batches`: backward passes of each rank before a step. Raises UserError for what does not fit.
+    """
+    config = _config(recipe)
+    return Attached(
+        config, model, optimizer, (args, kwargs or {}), total_steps, steps_per_epoch or total_steps, micro_batches
+    )
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What `Attached.finish` found. The same on every rank."""
+
+    plan: Plan
+    difference: float  # max|shrunk - masked| / max|masked| on the example and on noise like it
+    parameters: tuple[int, int]  # before and after
+    results: dict[str, Any]  # of the methods: decisions, asked and given for each group, what was kept and why
+
+
+class Attached:
+    """A model whose training compresses it. Made by `attach`."""
+
+    def __init__(
+        self, config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, example: tuple[Any, dict[str, Any]],
+        total_steps: int, steps_per_epoch: float, micro_batches: int,
+    ) -> None:  # fmt: skip
+        kind = type(optimizer).__name__
+        if kind in optim.REFUSED:
+            raise UserError(
+                f"{kind} cannot be used: {optim.REFUSED[kind]}, so its state is not elementwise and cannot follow masks "
+                "and slices. Choose for example SGD or AdamW."
+            )
+        comm.join()
+        self.config, self.optimizer, self.example = config, optimizer, example
+        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.micro_batches, self.step_count, self.micro = micro_batches, 0, 0
+        self.projection = Projection(self.model)
+        self.methods: list[Method] = pruning.build(config)
+        if not self.methods:
+            raise UserError("attach: the recipe asks for nothing; set pruning.method and pruning.config_list.")
+        coupling = comm.on_rank0(lambda: speedup.coupling(self.model, *self.example))
+        num_micro = micro_batches * comm.world_size()
+        context = Context(config, self.model, self.projection, coupling, num_micro, total_steps, steps_per_epoch)
+        for method in self.methods:
+            method.attach(context)
+        self.last = max(step + 1 for method in self.methods for step in method.change_steps())
+        optimizer.register_step_pre_hook(lambda *_: self._before())
+        optimizer.register_step_post_hook(lambda *_: self._after())
+        self._decide()
+
+    def loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss of one micro-batch, to call `backward` on: its gradients are heard. Local."""
+        if self.micro >= self.micro_batches:
+            raise UserError(
+                f"attach: backward pass {self.micro + 1} before the optimizer step, but micro_batches="
+                f"{self.micro_batches}. Pass the number of backward passes of a step to attach(micro_batches=...)."
+            )
+        loss = loss * 1.0  # a tensor of our own, so that the hook is called once
+        loss.register_hook(self._when_backward_ends)
+        return loss
+
+    def step(self) -> None:
+        """`optimizer.step()`, with decisions and masks around it. Collective when a decision falls."""
+        self.optimizer.step()
+
+    def finish(self) -> tuple[nn.Module, Finished]:
+        """Shrink the model in place, and the optimizer's state with it. Collective.
+
+        Returns the model without its wrapper, in the mode it was in, and what became of it. A wrapper such as
+        DistributedDataParallel has to be built anew around it; the optimizer goes on. Raises UserError when the last
+        decision has not been taken, RuntimeError when masked and shrunk differ.
+        """
+        if self.step_count < self.last:
+            raise UserError(
+                f"attach: finish() after {self.step_count} optimizer steps, but the last decision falls after "
+                f"{self.last}. Train on, pass a smaller total_steps, or let pruning.schedule end earlier."
+            )
+        self.projection.project()
+        masked = copy.deepcopy(self.model)
+        before = sum(p.numel() for p in masked.parameters())
+        plan: Plan = comm.on_rank0(lambda: speedup.plan(masked, *self.example))
+        comm.check_equal("fingerprint of the plan", plan.fingerprint(), self.step_count)
+        results = {key: value for method in self.methods for key, value in method.results().items()}
+        for method in self.methods:
+            method.detach()
+        self.projection.finish()
+        self._shrink(plan)
+        for method in self.methods:  # zeros that could not go stay zero while this optimizer goes on
+            method.rebase(lambda tensors: apply_to_state(plan, tensors))
+        self.projection.project()
+        difference = comm.on_rank0(lambda: speedup.difference(masked, self.model, *self.example))
+        if not difference <= self.config.speedup.tolerance:
+            raise RuntimeError(
+                f"masked and shrunk model differ by {difference:.3g} (relative), more than speedup.tolerance="
+                f"{self.config.speedup.tolerance:g}."
+            )
+        after = sum(p.numel() for p in self.model.parameters())
+        return self.model, Finished(plan, difference, (before, after), results)
+
+    def _when_backward_ends(self, grad: torch.Tensor) -> None:
+        Variable._execution_engine.queue_callback(self._heard)
+
+    def _heard(self) -> None:
+        micro = self.micro * comm.world_size() + comm.rank()
+        for method in self.methods:
+            method.after_backward(self.step_count, micro)
+        self.micro += 1
+
+    def _before(self) -> None:
+        for method in self.methods:
+            method.before_step(self.step_count)
+        self.projection.edit_gradients()
+        self.projection.restore()
+
+    def _after(self) -> None:
+        self.step_count, self.micro = self.step_count + 1, 0
+        self._decide()
+
+    def _decide(self) -> None:
+        for method in self.methods:
+            method.after_step(self.step_count - 1)
+        self.projection.project()
+
+    def _shrink(self, plan: Plan) -> None:
+        """The model's parameters become smaller ones; so do those the optimizer holds, and its moments."""
+        names: dict[torch.Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        state = optim.transformed(
+            optim.state_by_name(self.optimizer, names), lambda moments: apply_to_state(plan, moments)
+        )
+        apply(self.model, plan)
+        new = dict(self.model.named_parameters())
+        for group in self.optimizer.param_groups:
+            group["params"] = [new[names[p]] for p in group["params"]]
+        self.optimizer.state.clear()
+        for name, values in state.items():
+            self.optimizer.state[new[name]] = values
+
+
+def _config(recipe: Recipe) -> Config:
+    if isinstance(recipe, Mapping):
+        return load(dict(recipe))
+    overrides = [f"+recipe={recipe}"] if isinstance(recipe, str) else list(recipe)
+    return compose.compose(compose.parse(overrides))
