@@ -1,5 +1,7 @@
 """Prune with one call: the decision of a run, on a copy, verified."""
 
+import io
+
 import pytest
 import torch
 from rich.console import Console
@@ -47,7 +49,7 @@ def test_a_pruned_copy_and_a_report(net):
     assert (row["name"], row["asked"], row["given"]) == ("conv1 + conv2", 0.5, 0.5)
     assert set(report.seconds) == {"capture", "couple", "score", "plan", "apply", "verify", "measure"}
     assert set(report.masks) == {"conv1.weight", "conv1.bias", "bn1.weight", "bn1.bias", "conv2.weight", "conv2.bias"}
-    console = Console(record=True, width=200, quiet=True)
+    console = Console(record=True, width=200, file=io.StringIO())
     console.print(report)
     assert "pruned" in str(report) == repr(report) and "348 -> 160" in console.export_text()
 
