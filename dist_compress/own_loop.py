@@ -78,8 +78,8 @@ class Attached:
         kind = type(optimizer).__name__
         if kind in optim.REFUSED:
             raise UserError(
-                f"{kind} cannot be used: {optim.REFUSED[kind]}, so its state is not elementwise and cannot follow masks "
-                "and slices. Choose for example SGD or AdamW."
+                f"{kind} cannot be used: {optim.REFUSED[kind]}, so its state is not elementwise and cannot follow "
+                "masks and slices. Choose for example SGD or AdamW."
             )
         comm.join()
         self.config, self.optimizer, self.example = config, optimizer, example

@@ -280,6 +280,13 @@ def test_the_messages_of_the_troubleshooting_table_are_those_of_the_program():
             assert part.strip(" :.") in source or message.startswith("Missing"), message  # OmegaConf's
 
 
+# docs/own_loop.md
+
+
+def test_the_plain_loop_runs():
+    exec(compile(blocks(text("docs/own_loop.md"), "python")[0], "docs/own_loop.md", "exec"), {})
+
+
 # docs/speedup.md
 
 
