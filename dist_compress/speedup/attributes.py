@@ -22,6 +22,8 @@ _SIZES: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
     (nn.modules.batchnorm._NormBase, {"num_features": 0}),
     (nn.GroupNorm, {"num_channels": 0}),
     (nn.Embedding, {"num_embeddings": 0, "embedding_dim": 1}),
+    (nn.EmbeddingBag, {"num_embeddings": 0, "embedding_dim": 1}),
+    (nn.Bilinear, {"out_features": 0, "in1_features": 1, "in2_features": 2}),
     (nn.PReLU, {"num_parameters": 0}),
 )
 

@@ -89,7 +89,8 @@ def _fold(
     owner, name = layer_of(fqns[0])
     module = model.get_submodule(owner)
     padded = c.op.name == "convolution" and any(c.op.arg("padding"))
-    if contribution.dim() == 0 or len(fqns) != 1 or name != "weight" or padded or contribution.dim() == 3 and c.op.name == "bmm":
+    scalar_or_batched = contribution.dim() == 0 or contribution.dim() == 3 and c.op.name == "bmm"
+    if len(fqns) != 1 or name != "weight" or padded or scalar_or_batched:
         return None
     if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or not _same_bias(c, s, module, owner):
         return None

@@ -95,6 +95,10 @@ class EmbeddingBag(Labelled):
         outputs = [() if ref is None else (None,) * len(trace.info(ref).shape) for ref in op.outputs]
         return Names((("!r", "f"), *inputs[1:]), ((None, "f"), *outputs[1:]))
 
+    def link(self, op: Op, s: Structure) -> None:
+        super().link(op, s)
+        s.role(op.inputs[0], 1, "producer")
+
     def sources(self, op: Op) -> tuple[Ref, ...]:
         return op.inputs[:1]
 

@@ -10,7 +10,10 @@ from dist_compress.tracing import Ref
 
 
 def recurrent_sizes(s: Structure, keep: Keep, modules: dict[str, nn.Module]) -> dict[str, int]:
-    """{"fqn.hidden_size" or "fqn.input_size": new value}. The initial state of zeros ties layers and directions."""
+    """{"fqn.hidden_size", "fqn.proj_size" or "fqn.input_size": new value}.
+
+    The initial state of zeros ties layers and directions.
+    """
     found = {}
     for key in s.known():
         for fqn in s.trace.info(Ref(key)).all_fqns:
@@ -19,7 +22,9 @@ def recurrent_sizes(s: Structure, keep: Keep, modules: dict[str, nn.Module]) -> 
             if not isinstance(module, nn.RNNBase | nn.RNNCellBase):
                 continue
             sizes = [int(keep.kept[var].sum()) for var in s.dims(Ref(key))]
-            if name in ("weight_hh_l0", "weight_hh"):
+            if name == "weight_hr_l0":  # what goes back into the layer is projected
+                found |= {f"{owner}.proj_size".lstrip("."): sizes[0], f"{owner}.hidden_size".lstrip("."): sizes[1]}
+            elif name in ("weight_hh_l0", "weight_hh") and not getattr(module, "proj_size", 0):
                 found[f"{owner}.hidden_size".lstrip(".")] = sizes[1]
             elif name in ("weight_ih_l0", "weight_ih"):
                 found[f"{owner}.input_size".lstrip(".")] = sizes[1]

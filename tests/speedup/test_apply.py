@@ -87,6 +87,12 @@ def test_plan_on_state_dict_and_adam_state_equals_plan_on_model():
         key: apply_to_state(plan, {n: optimizer.state[p][key] for n, p in whole.named_parameters()})
         for key in ("exp_avg", "exp_avg_sq", "step")
     }
+    for name, parameter in whole.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            by_hand = optimizer.state[parameter][key]
+            for dim, index in plan.keep.get(name, {}).items():
+                by_hand = by_hand[(slice(None),) * dim + (index,)]
+            assert torch.equal(moments[key][name], by_hand)
     apply(whole, plan)
     assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
     for name, parameter in whole.named_parameters():

@@ -1,5 +1,7 @@
 """LSTM, GRU and RNN: hidden units go from every gate, layer and direction at once; integers follow."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -8,14 +10,27 @@ from dist_compress import speedup
 
 
 class Net(nn.Module):
-    def __init__(self, kind, **settings):
+    def __init__(self, kind, head=6, **settings):
         super().__init__()
         self.first = nn.Linear(3, 5, bias=False)
         self.rnn = getattr(nn, kind)(5, 6, **settings)
-        self.head = nn.Linear(12 if settings.get("bidirectional") else 6, 2)
+        self.head = nn.Linear(2 * head if settings.get("bidirectional") else head, 2)
 
     def forward(self, x):
         return self.head(self.rnn(self.first(x).relu())[0])
+
+
+def test_projected_state_and_cells_go_apart():
+    torch.manual_seed(0)
+    model, x = Net("LSTM", head=4, batch_first=True, proj_size=4), torch.randn(2, 4, 3)
+    for group in speedup.coupling(model, (x,)).groups:
+        if not group.blocked:
+            speedup.mask_units(model, group, torch.arange(max(1, group.num_units // 3)))
+    plan = speedup.plan(model, (x,))
+    small = speedup.apply(copy.deepcopy(model), plan)
+    assert speedup.verify(model(x), small(x)) < 1e-6
+    assert (small.rnn.input_size, small.rnn.hidden_size, small.rnn.proj_size) == (4, 4, 3), plan.blocked
+    assert small.rnn.weight_hr_l0.shape == (3, 4) and small.rnn.weight_hh_l0.shape == (16, 3)
 
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
