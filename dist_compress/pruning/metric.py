@@ -90,15 +90,16 @@ def slices(tensor: torch.Tensor, member: Member) -> torch.Tensor:
     return moved[member.index.to(tensor.device)].flatten(1)
 
 
-def build_metric(name: str, options: dict[str, Any], key: str) -> Metric:
-    """The metric of method `name`, configured under `key`. Local. Raises UserError."""
+def build_metric(name: str, options: dict[str, Any], key: str, options_key: str = "") -> Metric:
+    """The metric of method `name`, named under `key`, its options under `options_key` if that differs. Local. Raises
+    UserError."""
     kind = metric_class(name, key)
     module = importlib.import_module(kind.__module__)
     if not hasattr(module, "Options"):
         raise UserError(
             f"{key}.method={name!r}: {module.__name__} has no dataclass `Options`. Add one, empty if need be."
         )
-    return kind(merge(module.Options, options, f"{key}.options"))
+    return kind(merge(module.Options, options, f"{options_key or key}.options"))
 
 
 def metric_class(name: str, key: str) -> type[Metric]:

@@ -323,7 +323,8 @@ def _scorers(settings: list[Setting]) -> dict[str, Metric]:
             continue
         name = json.dumps([setting.method, setting.options], sort_keys=True, default=str)
         if name not in built:
-            built[name] = build_metric(setting.method, setting.options, setting.sources.get("method", "pruning"))
+            keys = [setting.sources.get(key, "pruning") for key in ("method", "options")]
+            built[name] = build_metric(setting.method, setting.options, *keys)
         if missing := built[name].missing(not setting.by_units):
             raise UserError(
                 f"{setting.name}: {setting.said_by('granularity')} needs `{missing[0]}` of method "
