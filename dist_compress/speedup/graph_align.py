@@ -7,6 +7,7 @@ tape, in the same order, with the same plain arguments; so every tensor of every
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ def program_of(module: nn.Module, inputs: Inputs, calls: Iterable[nn.Module]) ->
     if isinstance(module, fx.GraphModule):
         return Program(module.graph, {})
     whole = {id(call) for call in calls}
-    recorded = concrete_trace(module, *inputs, leaves=lambda m: id(m) in whole)
+    recorded = concrete_trace(module, *_with_defaults(module, inputs), leaves=lambda m: id(m) in whole)
     constants = {}
     for node in recorded.graph.nodes:
         if node.op in ("get_attr", "call_module") and not _resolves(module, str(node.target)):
@@ -68,6 +69,16 @@ def program_of(module: nn.Module, inputs: Inputs, calls: Iterable[nn.Module]) ->
             if isinstance(value, nn.Module | nn.Parameter):
                 raise UserError(f"it uses a {type(value).__name__} that it does not register")
     return Program(recorded.graph, constants)
+
+
+def _with_defaults(module: nn.Module, inputs: Inputs) -> Inputs:
+    """With the plain arguments that the call left out, so that the graph can be called with them."""
+    args, kwargs = inputs
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    left_out = [p for i, p in enumerate(named) if p.name not in kwargs and (p.kind is p.KEYWORD_ONLY or i >= len(args))]
+    plain = (type(None), bool, float, str)
+    return args, {**kwargs, **{p.name: p.default for p in left_out if type(p.default) in plain}}
 
 
 def calls_of(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, Inputs]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import has_side_effect
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dist_compress.errors import UserError
@@ -45,6 +46,7 @@ def install(model: nn.Module, plan: Plan, recorded: dict[str, Program]) -> None:
 
 def run_graph(module: nn.Module, program: Program) -> None:
     """From now on `module(...)` runs the program. Its tensors come along as buffers that are not saved."""
+    _expect_recorded(program.graph, type(module).__name__)
     code = program.graph.python_code("self")
     names: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, f"<graph of {type(module).__name__}>", "exec"), names)
@@ -56,6 +58,27 @@ def run_graph(module: nn.Module, program: Program) -> None:
     cls = type(module)
     body = {"forward": names["forward"], "rewritten_graph": program.graph, "__module__": cls.__module__}
     module.__class__ = type(cls.__name__, (GraphForward, cls), body)
+
+
+def expect(value: Any, recorded: Any, name: str, module: str) -> None:
+    """Raises UserError when an argument that the graph does not look at is not what it was."""
+    if type(value) is not type(recorded) or value != recorded:
+        raise UserError(
+            f"{module} runs as a graph that was recorded with {name}={recorded!r}, and was now called with "
+            f"{type(value).__name__} {value if type(value) in (bool, float, str) else ''}. Make the plan on an example "
+            "that calls it as it will be used."
+        )
+
+
+has_side_effect(expect)
+
+
+def _expect_recorded(graph: fx.Graph, module: str) -> None:
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_after(inputs[-1] if inputs else None):
+        for node in inputs:
+            if "recorded" in node.meta and not isinstance(node.meta["recorded"], torch.device):
+                graph.call_function(expect, (node, node.meta["recorded"], str(node.target), module))
 
 
 def _program(model: nn.Module, fqn: str, rewrite: GraphRewrite) -> Program:

@@ -68,6 +68,8 @@ class GraphBuilder:
             node = self.graph.create_node("placeholder", name, default)
             if type(value) is int:
                 values[name] = TracedInt(value, node, self.ints)
+            elif value is None or type(value) in _PLAIN:
+                node.meta["recorded"] = value  # the graph does not look at it
         for name, node in zip(values, list(self.graph.nodes), strict=True):
             self.bind(values[name], node)
         return [values[name] for name in list(values)[: len(args)]], {name: values[name] for name in kwargs}

@@ -209,6 +209,16 @@ def test_the_model_itself_can_hold_the_size():
     assert isinstance(small, LeNet)
 
 
+def test_an_argument_that_was_fixed_is_not_ignored():
+    plan, small = planned(without_head())
+    small.attention(X, causal=False)
+    with pytest.raises(UserError, match="recorded with causal=False, and was now called with bool True"):
+        small.attention(X, causal=True)
+    plan, small = planned(without_head(causal=True))
+    with pytest.raises(UserError, match="causal=True"):
+        small.attention(X, None)
+
+
 class BoundToItsBatch(Attention):
     def forward(self, x):
         x = super().forward(x)
