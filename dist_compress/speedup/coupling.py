@@ -6,6 +6,7 @@ for: what does not vanish is blocked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -66,9 +67,11 @@ def _check(
     """Mask 30 % of the units of each group, as data, and plan; groups of which one does not vanish become blocked."""
     generator = torch.Generator().manual_seed(0)
     removed: dict[int, torch.Tensor] = {}
-    for i, (group, _) in enumerate(groups):
-        if not group.blocked and group.num_units > 1:
+    for i, (group, where) in enumerate(groups):
+        step = max(_step(given, var, positions) for var, positions in where.items())
+        if not group.blocked and group.num_units > step:
             count = max(1, round(0.3 * group.num_units))
+            count = max(step, count // step * step) if step > 1 else count
             removed[i] = torch.randperm(group.num_units, generator=generator)[:count]
     if not removed:
         return groups
@@ -89,6 +92,12 @@ def _check(
             text = why[0] if why else f"{failed.fqn} keeps them along dim {failed.dim}"
             checked[i] = (UnitGroup(group.name, group.num_units, group.members, text), where)
     return checked
+
+
+def _step(given: Capture, var: int, positions: torch.Tensor) -> int:
+    """How many units go together for the sake of a kernel that wants a multiple, if the full size is one."""
+    multiple = given.structure.multiples.get(given.structure.find(var), 1)
+    return multiple // math.gcd(multiple, positions.size(1))
 
 
 def _sizes_depend_on_values(trace: Trace) -> bool:

@@ -5,11 +5,20 @@ from __future__ import annotations
 import torch
 
 from dist_compress.speedup.labelled import Dims, Labelled, Names
+from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import Op, Ref, Trace
 
 
 class Indexed(Labelled):
     why = "uses data as positions along it"
+
+    def link_names(self, op: Op, names: Names, s: Structure) -> dict[str, int]:
+        """As its base; a table of weights that is read (biases of experts) goes with what it is added to."""
+        for ref, dims in zip(op.inputs, names.inputs, strict=True):
+            for d, name in enumerate(dims):
+                if name is not None and not name.startswith("!"):
+                    s.role(ref, d, "added")
+        return super().link_names(op, names, s)
 
 
 class Gather(Indexed):
