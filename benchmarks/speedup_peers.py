@@ -286,8 +286,8 @@ def main() -> None:
     note += f"limit {arguments.limit} s, the quickest of {arguments.repeats} runs."
     explanation = (
         "ratio: to Torch-Pruning as documented. verification: the runs of the masked and the shrunk model that are a "
-        "part of plan(), timed apart; plan: with scoring and masks. Torch-Pruning's coupling holds its capture, its apply "
-        "holds scoring. error: against the model masked where the tool removed."
+        "part of plan(), timed apart; plan: with scoring and masks. Torch-Pruning's coupling holds its capture, "
+        "its apply holds scoring. error: against the model masked where the tool removed."
     )
     (HERE / "speedup_peers.md").write_text(f"{note}\n\n{table(results)}\n\n{explanation}\n")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from dist_compress.speedup import sets
-from dist_compress.speedup.movement import DimMap, separate
+from dist_compress.speedup.dim_map import DimMap, separate
 from dist_compress.speedup.rule import Rule, Seen, union
 from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import Op, Ref

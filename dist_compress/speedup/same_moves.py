@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from dist_compress.speedup.movement import DimMap, Move, run
+from dist_compress.speedup.dim_map import DimMap, run
+from dist_compress.speedup.movement import Move
 from dist_compress.speedup.overlay import Write, same_writes
 from dist_compress.speedup.rules import rule_of
 from dist_compress.tracing import Op, Ref, Trace
