@@ -38,6 +38,10 @@ def propagate(
     for ref in trace.outputs:
         facts.observe(ref, sets.uniform(len(facts.shape(ref)), True))
     for op in reversed(trace.tape):
+        if not any(ref is not None for ref in op.outputs):  # python reads it, and may decide by it
+            for ref in op.inputs:
+                facts.observe(ref, sets.uniform(len(facts.shape(ref)), True))
+            continue
         seen = [None if ref is None else facts.seen(ref) for ref in op.outputs]
         if all(s is None for s in seen) or not any(facts.dependent(ref) for ref in op.inputs):
             continue

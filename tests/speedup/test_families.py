@@ -144,6 +144,16 @@ class Experts(nn.Module):
         return torch.zeros_like(rows).index_add(0, where, made).view(x.shape)
 
 
+def test_what_python_reads_counts_as_seen(shrink):
+    """Channels that only `.item()` looks at decide how the others are scaled."""
+
+    def scaled(m, x, score):
+        return x / x.abs().max().item()
+
+    small, _ = shrink(Between(scaled), lambda batch: torch.ones(batch, 5, 6), {"last.weight": (1, [1, 6])})
+    assert small.first.weight.shape == (8, 6)
+
+
 def test_experts_of_grouped_matmuls_shrink():
     torch.manual_seed(0)
     model = Between(None)
@@ -155,6 +165,8 @@ def test_experts_of_grouped_matmuls_shrink():
     assert small.fn.up.shape == (2, 8, 12) and small.fn.down.shape == (2, 12, 8), plan.blocked
     x = make(3)
     assert speedup.verify(model(x), small(x)) < 1e-5
+    groups = {group.num_units: group for group in speedup.coupling(model, (make(2),)).groups}
+    assert not groups[16].blocked and {m.fqn for m in groups[16].members} == {"fn.up", "fn.down"}
 
 
 def test_parts_of_channels_are_written_like_a_concatenation(shrink):
