@@ -77,7 +77,8 @@ def test_taint_and_liveness_cover_what_really_depends(name):
         seen |= again.grad != 0
     observed = facts.observed(source).expand(shape)
     assert not bool((seen & ~observed).any()), "an element that the output sees is not observed"
-    exact = name not in ("pool", "layer_norm")  # windows and norms may be larger, never smaller
+    # Windows and norms may be larger, never smaller; a softmax of zeros is another constant at another size.
+    exact = name not in ("pool", "layer_norm", "softmax")
     channels = [d for d in range(tainted.dim()) if d != 1]
     if exact and name != "cat, split":
         assert torch.equal(changed.any(channels), tainted.any(channels)), "more than needed would be kept"
