@@ -115,6 +115,10 @@ class SpeedupConfig:
     enabled: bool = True
     at: float | str | None = None  # when to shrink; None: at the last pruning decision
     tolerance: float = 1e-5  # largest max|shrunk - masked| / max|masked| that may ship
+    norm: str = "keep"  # keep | exact | plain: whether normalised dims may go, and by what width norms then divide
+    round_to: int = 1  # kept counts of dims that shrink are multiples of it
+    keep: list[str] = field(default_factory=list)  # names or patterns of parameters and modules that stay whole
+    barrier: list[str] = field(default_factory=list)  # of modules: all that their operators touch stays whole
 
 
 @dataclass
@@ -172,6 +176,7 @@ _AT_LEAST: dict[str, float] = {
     "optim.weight_decay": 0,
     "optim.final_lr": 0,
     "pruning.schedule.num_decisions": 1,
+    "speedup.round_to": 1,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,
     "launch.nproc_per_node": 1,
@@ -183,6 +188,7 @@ _CHOICES = {
     "train.precision": ("fp32", "bf16"),
     "optim.schedule": ("constant", "cosine", "step"),
     "pruning.compute": ("channels", "params", "macs"),
+    "speedup.norm": ("keep", "exact", "plain"),
     "logger.name": ("wandb", "none"),
     "logger.mode": ("online", "offline", "disabled"),
 }

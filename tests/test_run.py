@@ -178,6 +178,29 @@ def test_what_is_kept_is_told_once(ranks: Any, tmp_path: Path, one_rank: dict[st
     assert fingerprints(summary) == fingerprints(one_rank["taylor"])
 
 
+def with_settings(run_dir: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+    from dist_compress import run
+
+    difference = run.Job.difference
+    run.Job.difference = lambda self, masked: 0.5  # reported, and no reason to stop: norm=plain asks for it
+    try:
+        own = ["train.max_steps=10", "pruning.schedule.end=6steps", "pruning.sparse_ratio=0.3"]
+        own += ["speedup.norm=plain", "speedup.round_to=4", "speedup.barrier=[layer1]", "speedup.keep=['layer3.0.*']"]
+        summary = whole_run(run_dir, *own)
+    finally:
+        run.Job.difference = difference
+    page = (Path(run_dir) / "report.html").read_text()
+    return summary, json.loads((Path(run_dir) / "plan.json").read_text())["kept"], page
+
+
+def test_the_settings_of_the_speedup_hold(ranks: Any, tmp_path: Path) -> None:
+    summary, kept, page = ranks(1, with_settings, str(tmp_path / "run"))[0]
+    assert summary["verify/max_rel_diff"] == 0.5 and summary["params/after"] < summary["params/before"]
+    assert kept and all(n % 4 == 0 for dims in kept.values() for n in dims.values())
+    assert not [name for name in kept if name.startswith(("layer1.", "layer3.0."))]
+    assert "as speedup.norm=plain asks" in page and "is not the masked model" not in page
+
+
 def shrink_at(run_dir: str, at: str) -> str:
     from dist_compress.errors import UserError
 
