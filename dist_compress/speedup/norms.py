@@ -6,6 +6,7 @@ Under norm="exact" or "plain" a recognised norm is a leaf of the trace. A slice 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -48,6 +49,7 @@ def formula_of(module: nn.Module) -> Formula | None:
     shape = getattr(module, "normalized_shape", ())
     sizes = {tuple(p.shape) for p in parameters} or {tuple(shape) if isinstance(shape, (tuple, list)) else ()}
     lone = not (module._modules or module._buffers or module._forward_hooks or module._forward_pre_hooks)
+    lone = lone and len(inspect.signature(module.forward).parameters) == 1  # no gate or residual beside the input
     if not lone or len(parameters) > 2 or len(sizes) != 1 or "forward" in vars(module):
         return None
     (size,) = sizes
