@@ -97,7 +97,7 @@ def _in_order(settings: Sequence[Setting], model: nn.Module) -> list[Setting]:
     while waiting:
         ready = [s for s in waiting.values() if names[_source(s)] not in waiting]
         if not ready:
-            said = " and ".join(s.said_by("align") for s in list(waiting.values())[:2])
+            said = " and ".join(list(dict.fromkeys(s.said_by("align") for s in waiting.values()))[:2])
             raise UserError(f"{', '.join(s.name for s in waiting.values())} follow each other: {said}.")
         ordered += ready
         waiting = {name: s for name, s in waiting.items() if s not in ready}

@@ -22,8 +22,8 @@ from dist_compress.pruning.setting import Setting, check_agree
 from dist_compress.target import Coupling, Member, UnitGroup
 
 _AGREE = (
-    "sparse_ratio",
     "sparse_threshold",
+    "sparse_ratio",
     "min_sparse_ratio",
     "max_sparse_ratio",
     "global_group_id",
