@@ -47,8 +47,9 @@ class Bilinear(Labelled):
                     s.role(ref, d, "consumer")
                 else:  # summed over by one operand alone, or a second such dim
                     s.pin(s.dims(ref)[d], self.why, op)
-        for d in range(len(own[bias]) if bias is not None else 0):
-            s.role(bias, d, "producer")
+        if bias is not None:
+            for d in range(len(own[bias])):
+                s.role(bias, d, "producer")
         if summed:
             s.contractions.append(self._contraction(op, names, str(summed[0]), found, s))
 

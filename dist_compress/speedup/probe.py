@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from dist_compress.speedup.execute import execute
 from dist_compress.speedup.labelled import Labelled, Names, take
@@ -78,10 +79,11 @@ def probe(op: Op, trace: Trace) -> Rule:
 
 def _may_run(op: Op, trace: Trace) -> bool:
     """Nothing in place, random, of a size that is data, remote or on the meta device; nothing large."""
-    schema = getattr(op.target, "_schema", None)
-    if schema is None or schema.is_mutable or any(tag in op.target.tags for tag in _TAGS):
+    if not isinstance(op.target, OpOverload) or op.target._schema.is_mutable:
         return False
-    if any(part in schema.name.split("::")[0] for part in _REMOTE):
+    if any(tag in op.target.tags for tag in _TAGS):
+        return False
+    if any(part in op.target._schema.name.split("::")[0] for part in _REMOTE):
         return False
     if any(ref is None for ref in op.outputs) or not op.outputs or len(set(op.inputs)) < len(op.inputs):
         return False
