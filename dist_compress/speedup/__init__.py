@@ -5,6 +5,7 @@ from dist_compress.speedup.capture import Capture, capture
 from dist_compress.speedup.compare import difference
 from dist_compress.speedup.coupling import coupling, mask_units
 from dist_compress.speedup.custom import register_op, registered, unregister_op
+from dist_compress.speedup.explain import Ties, Why, explain, explain_group
 from dist_compress.speedup.one_liners import Barrier, Bilinear, Movement, PassThrough, Pointwise
 from dist_compress.speedup.plan import Blocked, Plan
 from dist_compress.speedup.planning import plan
@@ -27,6 +28,8 @@ __all__ = [
     "Report",
     "Rule",
     "Settings",
+    "Ties",
+    "Why",
     "apply",
     "apply_to_shard",
     "apply_to_state",
@@ -34,6 +37,8 @@ __all__ = [
     "concrete_trace",
     "coupling",
     "difference",
+    "explain",
+    "explain_group",
     "mask_units",
     "plan",
     "register_op",

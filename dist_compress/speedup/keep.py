@@ -22,14 +22,17 @@ from dist_compress.speedup.training_only import pin_training_inputs
 from dist_compress.tracing import Op, Ref, Trace
 
 
-def build(trace: Trace, model: nn.Module, args: Any, kwargs: Any, settings: Settings) -> Structure:
+def build(
+    trace: Trace, model: nn.Module, args: Any, kwargs: Any, settings: Settings, kind: type[Structure] = Structure
+) -> Structure:
     """The constraint system of a tape (with values) of `model(*args, **kwargs)`, with what cannot shrink pinned.
 
     The rules of norms read `settings.norm`. Raises UserError when a name in `settings` matches nothing.
     """
-    s = Structure(trace, settings)
-    for op in _read(trace):
-        rule_of(op).link(op, s)
+    s = kind(trace, settings)
+    for s.op in _read(trace):
+        rule_of(s.op).link(s.op, s)
+    s.op = None
     for ref in trace.inputs:
         s.pin_all(ref, "is an input of the model")
     for ref in trace.outputs:

@@ -62,6 +62,7 @@ class Structure:
 
     trace: Trace
     settings: Settings
+    op: Op | None = None  # whose rule is at work
     parent: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
