@@ -127,7 +127,7 @@ class _Runs:
             if i in self.fixed:
                 made.append(self.fixed[i])
             else:
-                value = torch.rand(info.shape) + 0.5 if positive else torch.randn(info.shape)
+                value = torch.rand(info.shape) * 0.9 + 0.05 if positive else torch.randn(info.shape)
                 made.append(value.to(self.dtypes[i]))
         return made
 

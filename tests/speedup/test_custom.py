@@ -271,3 +271,39 @@ def test_the_documented_rule(examples, shrink):
     model = Net(lambda m, x: examples["gate_pairs"](x), width=4)
     small, plan = shrink(model, make, {"first.weight": [0, 3, 4, 5]})  # 3 alone is the gate of a value that stays
     assert small.first.weight.shape == (4, 6) and small.last.weight.shape == (3, 2), plan.blocked
+
+
+@pytest.mark.parametrize(
+    ("fn", "mixed"),
+    [
+        (lambda x: x.softmax(-1), {2}),
+        (lambda x: F.layer_norm(x, (8,)), {2}),
+        (lambda x: x.cumsum(1), {1}),
+        (lambda x: x.sort(-1).values, {2}),
+        (lambda x: F.batch_norm(x, None, None, training=True), {0, 2}),
+        (lambda x: F.avg_pool1d(x, 3, 1, 1), {2}),
+        (lambda x: x.renorm(2, 0, 1.0), {1, 2}),
+        (lambda x: torch.erfinv(x), set()),
+    ],
+)
+def test_the_probe_finds_what_an_op_mixes(fn, mixed):
+    recorded = trace(Net(lambda m, x: fn(x)), (make(3),), values=True)
+    op = next(op for op in recorded.tape if op.module == "" and recorded.info(op.out).shape == (3, 5, 8))
+    rule = probe(op, recorded)
+    found = rule.found.outputs[0] if hasattr(rule, "found") else (None,) * 3
+    assert {d for d, name in enumerate(found) if name is None} >= mixed
+    assert hasattr(rule, "found") or mixed, "a pointwise op is found to pass"
+
+
+def test_an_autograd_function_needs_no_rule(shrink):
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    small, _ = shrink(Net(lambda m, x: Square.apply(x)), make, {"first.weight": [1, 6]})
+    assert small.first.weight.shape == (6, 6)
