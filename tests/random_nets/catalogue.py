@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from random_nets import layers
 from random_nets.net import Builder
@@ -233,6 +234,8 @@ def feature_norm(b: Builder, i: int) -> int:
     width = b.sizes(i)[-1]
     if len(b.sizes(i)) == 1 and b.maybe(0.6):
         return b.add(nn.BatchNorm1d(width), i)
+    if b.maybe(0.2):
+        return b.add(layers.OwnNorm(width), i)
     return b.add(b.pick(nn.LayerNorm, nn.RMSNorm)(width, eps=1e-6, elementwise_affine=b.maybe(0.8)), i)
 
 
@@ -253,6 +256,23 @@ def attention(b: Builder, i: int) -> int | None:
     settings = (b.sizes(i)[-1], heads, kv_heads, head_dim, fused, b.maybe(0.3), b.maybe(0.6))
     y = b.add(layers.Attention(*settings), y)
     return b.add(torch.add, i, y) if b.maybe(0.7) else y
+
+
+def multihead(b: Builder, i: int) -> int | None:
+    width = b.sizes(i)[-1]
+    heads = [n for n in (2, 3) if width % n == 0]
+    if not heads:
+        return None
+    return b.add(torch.add, i, b.add(layers.SelfAttention(width, b.pick(*heads), b.maybe(0.7)), i))
+
+
+def recurrent(b: Builder, i: int) -> int:
+    cell = b.pick(nn.GRU, nn.LSTM)(b.sizes(i)[-1], b.pick(3, 4), batch_first=True, bidirectional=b.maybe(0.2))
+    return b.add(layers.Recurrent(cell), i)
+
+
+def weight_norm(b: Builder, i: int) -> int:
+    return b.add(parametrizations.weight_norm(nn.Linear(b.sizes(i)[-1], b.pick(4, 6))), i)
 
 
 def group_mix(b: Builder, i: int) -> int | None:
@@ -302,9 +322,10 @@ IMAGE: tuple[Drawn, ...] = (
     move, scale, image_to_vector, image_to_tokens,
 )  # fmt: skip
 TOKENS: tuple[Drawn, ...] = (
-    linear, linear_act, feature_norm, mlp, mlp, attention, attention, group_mix, shared_linear, token_mix, positions,
-    cut, concatenate, combine, move, scale, tokens_to_vector,
+    linear, linear_act, feature_norm, mlp, mlp, attention, attention, multihead, recurrent, weight_norm, group_mix,
+    shared_linear, token_mix, positions, cut, concatenate, combine, move, scale, tokens_to_vector,
 )  # fmt: skip
 VECTOR: tuple[Drawn, ...] = (
-    linear, linear_act, linear_act, feature_norm, mlp, group_mix, shared_linear, cut, concatenate, combine, move, scale,
+    linear, linear_act, linear_act, feature_norm, mlp, weight_norm, group_mix, shared_linear, cut, concatenate, combine,
+    move, scale,
 )  # fmt: skip

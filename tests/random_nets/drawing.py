@@ -63,7 +63,7 @@ def _randomise(net: RandomNet) -> None:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.running_mean.normal_(0, 0.2)
                 module.running_var.uniform_(0.5, 1.5)
-            if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None:
+            if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
                 module.weight.uniform_(0.5, 1.5)
                 if getattr(module, "bias", None) is not None:
                     module.bias.normal_(0, 0.3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,7 +47,10 @@ def _check(seed: int) -> Outcome:
     rng = random.Random(f"masks of {seed}")
     net, x = b.net, new_input(BATCH)
     style = rng.choice(("slices", "slices", "slices", "masks", "groups", "groups", "none"))
-    settings = {"norm": rng.choice(("keep", "keep", "exact"))}
+    settings: dict[str, Any] = {"norm": rng.choice(("keep", "keep", "exact"))}
+    held = f"layers.{rng.randrange(len(net.layers))}"
+    if rng.random() < 0.1 and any(True for _ in net.get_submodule(held).parameters()):
+        settings["keep"] = (held,)
     round_to = rng.choice((1, 1, 1, 2, 4))
     coupling, units, masks = None, {}, None
     if style == "groups":
@@ -64,6 +68,8 @@ def _check(seed: int) -> Outcome:
     plan = speedup.plan(asked, (x,), masks=masks, round_to=round_to, **settings)
     unchanged = all(torch.equal(value, state[name]) for name, value in asked.state_dict().items())
     assert unchanged, "planning changed the model"
+    kept = [fqn for fqn in plan.keep if f"{fqn}.".startswith(f"{held}.")] if "keep" in settings else []
+    assert not kept, f"{kept} shrinks although it is to be kept"
     small = apply(copy.deepcopy(net), plan)
     errors = [0.0]
     for batch in (1, BATCH + 1):

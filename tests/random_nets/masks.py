@@ -6,6 +6,7 @@ import random
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from dist_compress import speedup
 from dist_compress.target import Coupling
@@ -21,10 +22,25 @@ def mask_slices(b: Builder, rng: random.Random) -> None:
     for fqn, layer in b.net.named_modules():
         if isinstance(layer, Attention):
             _mask_heads(layer, rng)
+        elif is_parametrized(layer):
+            index = _some(layer.out_features, rng)
+            _zero(layer.parametrizations.weight, "original0", 0, index)
+            _zero(layer, "bias", 0, index)
         elif isinstance(layer, (nn.Linear, nn.Embedding, *CONVOLUTIONS)) and rng.random() < 0.75:
             index = _mask_weight(layer, rng)
             if index is not None:
                 rows[fqn] = index
+        elif isinstance(layer, nn.MultiheadAttention):
+            head = rng.randrange(layer.num_heads)
+            size = layer.head_dim
+            index = [part * layer.embed_dim + head * size + i for part in range(3) for i in range(size)]
+            for name in ("in_proj_weight", "in_proj_bias") if rng.random() < 0.7 else ():
+                _zero(layer, name, 0, index)
+        elif isinstance(layer, nn.RNNBase) and rng.random() < 0.7:
+            gates = layer.weight_hh_l0.shape[0] // layer.hidden_size
+            unit = rng.randrange(layer.hidden_size)
+            for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+                _zero(layer, name, 0, [gate * layer.hidden_size + unit for gate in range(gates)])
         elif "Norm" in type(layer).__name__ and getattr(layer, "weight", None) is not None and rng.random() < 0.1:
             _zero(layer, rng.choice(("weight", "bias")), 0, _some(len(layer.weight), rng))
     for maker, reader in b.fed:
