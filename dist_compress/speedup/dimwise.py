@@ -122,6 +122,9 @@ class Window(Dimwise):
 class LayerNorm(Dimwise):
     why = "normalises over it"
 
+    def _size_dependent(self, op: Op, f, special: set[int]) -> torch.Tensor:
+        return torch.tensor(False)  # the model holds the size of these dims
+
     def special(self, op: Op, num_dims: int) -> set[int]:
         return set(range(num_dims - len(op.arg("normalized_shape")), num_dims))
 

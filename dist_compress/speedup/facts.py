@@ -21,7 +21,7 @@ class Facts:
 
     masks {parameter fqn: bool, of its rank, broadcastable to it}: what is nonzero, without any value; None: the trace
     has values. `values`: how to get those of the masked run should they be needed, {} where there are none. `zeros`:
-    zeros of the weights count as masks do, and constants that turn out to be zero in the masked run as zeros.
+    zeros of the weights count as masks do.
     """
 
     def __init__(
@@ -37,7 +37,6 @@ class Facts:
         self._tainted: dict[int, torch.Tensor] = {}
         self._observed: dict[int, torch.Tensor] = {}
         self._nonzero: dict[int, torch.Tensor] = {}
-        self._settled: set[int] = set()  # of `_nonzero`, without values
         self._weightless = self._find_weightless() if masks is not None else set()
 
     def taint(self, ref: Ref, elements: torch.Tensor) -> None:
@@ -79,35 +78,20 @@ class Facts:
 
     def nonzero(self, ref: Ref) -> torch.Tensor:
         """Elements that are not a known zero."""
-        if self.masks is None:
-            if ref.id not in self._nonzero:
-                self._nonzero[ref.id] = self._by_value(ref)
-        elif ref.id not in self._settled:
-            self._nonzero[ref.id] = self._settle(ref, self._nonzero.get(ref.id), self.masks)
-            self._settled.add(ref.id)
+        if ref.id not in self._nonzero:
+            found = self._by_value(ref) if self.masks is None else self._by_mask(ref, self.masks)
+            self._nonzero[ref.id] = sets.canonical(found)
         return self._nonzero[ref.id]
-
-    def _settle(self, ref: Ref, known: torch.Tensor | None, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What follows from masks; `known`: what the op that made it says."""
-        known = self._by_mask(ref, masks) if known is None else known
-        if self.zeros and self.dependent(ref) and bool((known & ~self.tainted(ref)).any()):
-            value = self.value(ref)
-            if value is not None:
-                known = known & self._seen_nonzero(ref, value)
-        return sets.canonical(known)
 
     def _by_value(self, ref: Ref) -> torch.Tensor:
         tainted = self.tainted(ref)
         if sets.is_all(tainted):
             return tainted
         value = self.trace.values[ref.id]
-        return self._seen_nonzero(ref, value) if self.dependent(ref) else _nonzero_elements(value)
-
-    def _seen_nonzero(self, ref: Ref, value: torch.Tensor) -> torch.Tensor:
-        """What is tainted or was not zero."""
-        tainted, nonzero = self.tainted(ref), (value != 0).cpu()
-        known = sets.restrict(nonzero, tainted) if tainted.numel() > 1 else nonzero
-        return sets.canonical(known | tainted)
+        if not self.dependent(ref):
+            return _nonzero_elements(value)
+        nonzero = (value != 0).cpu()
+        return tainted | (sets.restrict(nonzero, tainted) if tainted.numel() > 1 else nonzero)
 
     def _by_mask(self, ref: Ref, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
         info = self.trace.info(ref)
