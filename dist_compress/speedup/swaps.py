@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from dist_compress.speedup.plan import Swap
 Kept = Mapping[str, Mapping[int, torch.Tensor]]
 
 
-def is_attention(module: nn.Module) -> bool:
+def is_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     """Whether `module` can be exchanged for one that knows its head size; a subclass has code of its own."""
     return type(module) is nn.MultiheadAttention
 

@@ -22,10 +22,8 @@ class SlimAttention(nn.MultiheadAttention):
     def exchange(cls, module: nn.Module, settings: dict[str, int | float | bool]) -> None:
         """Make an `nn.MultiheadAttention` one of this class, in place."""
         module.__class__ = cls
-        for name, value in settings.items():
-            setattr(module, name, value)
-        module.head_dim = settings["qk_head_dim"]
-        module._qkv_same_embed_dim = False  # what the fast paths of torch ask before they assume the usual head size
+        # The last is what the fast paths of torch ask before they assume the usual size of a head.
+        vars(module).update(settings, head_dim=settings["qk_head_dim"], _qkv_same_embed_dim=False)
 
     def forward(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +56,13 @@ class ExactNorm(nn.Module):
     Its own parameters, in their order, are weight and bias, if it has any.
     """
 
-    formula: dict[str, int | float | bool]
+    formula: dict[str, Any]
 
     @classmethod
     def exchange(cls, module: nn.Module, settings: Mapping[str, int | float | bool]) -> None:
         """Make a norm one of this class, in place; it stays an `nn.LayerNorm` or `nn.RMSNorm` if it was one."""
         module.__class__ = next((kind for kind in (ExactLayerNorm, ExactRMSNorm) if _is_kind(module, kind)), cls)
-        module.formula = dict(settings)
+        vars(module)["formula"] = dict(settings)
         NarrowNorm.exchange(module, {"kept": settings["kept"]})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ class NarrowNorm:
     def exchange(cls, module: nn.Module, settings: Mapping[str, int | float | bool]) -> None:
         """Tell the norm its new width, where it holds one as `normalized_shape`."""
         if hasattr(module, "normalized_shape"):
-            module.normalized_shape = (int(settings["kept"]),)
+            vars(module)["normalized_shape"] = (int(settings["kept"]),)
 
 
 def _is_kind(module: nn.Module, kind: type[ExactNorm]) -> bool:
