@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from dist_compress.speedup import apply, verify
 from dist_compress.target import Coupling
 from random_nets.drawing import draw
 from random_nets.masks import mask_groups, mask_slices
-from random_nets.net import BATCH
+from random_nets.net import BATCH, RandomNet
 
 TOLERANCE = 1e-9
 
@@ -81,10 +82,25 @@ def _check(seed: int) -> Outcome:
     assert max(errors) <= TOLERANCE, f"masked and shrunk differ by {max(errors):.1e}"
     if coupling is not None and round_to == 1:
         _all_gone(units, coupling, plan)
+    if rng.random() < 0.2:
+        _replay(plan, net, small, new_input(BATCH))
     with torch.no_grad():  # autograd refuses some in-place steps of the drawn nets
         small.train()(new_input(BATCH + 1))
     sizes = [sum(p.numel() for p in model.parameters()) for model in (net, small)]
     return Outcome(style, *sizes, sum(map(len, units.values())), max(errors))
+
+
+def _replay(plan: speedup.Plan, net: RandomNet, small: RandomNet, x: torch.Tensor) -> None:
+    """The plan out of its files makes the same model, from which a checkpoint that is cut by it differs in no shape."""
+    with tempfile.TemporaryDirectory() as folder:
+        plan.save(folder)
+        again = speedup.Plan.load(folder)
+    assert again.fingerprint() == plan.fingerprint(), "the saved plan is another one"
+    twin = apply(copy.deepcopy(net), again)
+    with torch.no_grad():
+        assert all(map(torch.equal, twin(x.clone()), small(x.clone()))), "the saved plan makes another model"
+    state, cut = small.state_dict(), speedup.apply_to_state(plan, net.state_dict())
+    assert all(cut[name].shape == value.shape for name, value in state.items() if name in cut), "a checkpoint differs"
 
 
 def _all_gone(units: dict[int, torch.Tensor], coupling: Coupling, plan: speedup.Plan) -> None:
