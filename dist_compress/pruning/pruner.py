@@ -60,7 +60,7 @@ class Pruner(Method):
         self.sets, self.kept = collect(self.settings, context.coupling, model)
         self.elements = Elements(self.settings, model, context.coupling, self.config.compute)
         if not self.sets and not self.elements.groups:
-            reasons = "; ".join(f"{k.name}: {k.reason}" for k in self.kept[:10])
+            reasons = "; ".join(f"{k.name}: {k.reason}" for k in self.kept[:10]) or "All it names is aligned"
             raise UserError(
                 f"pruning.config_list: no target can be pruned. {reasons}. Name other modules, or what these "
                 "are coupled with; pruning=none trains without."
