@@ -96,6 +96,22 @@ def _clusters(s: Structure) -> list[tuple[list[int], list[Link], list[Box]]]:
     return list(clusters.values())
 
 
+def _joined(total: int, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The smallest node of the component of each of `total` nodes, with an edge between a[i] and b[i]."""
+    label = torch.arange(total)
+    if not len(a):
+        return label
+    a, b = torch.stack([a, b], 1).unique(dim=0).unbind(1)
+    while True:
+        least = torch.minimum(label[a], label[b])
+        new = label.scatter_reduce(0, a, least, "amin").scatter_reduce(0, b, least, "amin")
+        new = new.scatter_reduce(0, label[a], least, "amin").scatter_reduce(0, label[b], least, "amin")
+        new = new[new]
+        if torch.equal(new, label):
+            return label
+        label = new
+
+
 class _Units:
     """Connected components of the (variable, position) nodes of some variables, with all links and boxes of these."""
 
@@ -106,23 +122,18 @@ class _Units:
         self.start = dict(zip(self.roots, starts, strict=True))
         self.total = int(sizes.sum())
         self.pinned = {v: why for v, why in pins.items() if v in self.start}
+        self.known = torch.arange(self.total)  # labels, without those edges:
         self.edges = [(self.start[k.a] + k.index_a, self.start[k.b] + k.index_b) for k in links]
         self._resolve_boxes(boxes)
 
     def _label(self) -> torch.Tensor:
         """The smallest node of the component of each node, int64 [nodes]."""
-        label = torch.arange(self.total)
-        if not self.edges:
-            return label
-        a = torch.cat([edge[0] for edge in self.edges])
-        b = torch.cat([edge[1] for edge in self.edges])
-        while True:
-            least = torch.minimum(label[a], label[b])
-            new = label.scatter_reduce(0, label[a], least, "amin").scatter_reduce(0, label[b], least, "amin")
-            new = new[new]
-            if torch.equal(new, label):
-                return label
-            label = new
+        if self.edges:
+            a, b = (self.known[torch.cat(ends)] for ends in zip(*self.edges, strict=True))
+            self.edges.clear()
+            apart = a != b
+            self.known = _joined(self.total, a[apart], b[apart])[self.known]
+        return self.known
 
     def _pinned_vars(self) -> set[int]:
         """Variables of which every position is tied to a pinned one."""
