@@ -18,11 +18,13 @@ from dist_compress import comm
 from dist_compress.config import Config, to_yaml
 from dist_compress.fingerprint import weights_fingerprint
 from dist_compress.method import Method
+from dist_compress.reporting.coupling_chart import coupling_chart
 from dist_compress.reporting.records import read
-from dist_compress.reporting.report import write_report
+from dist_compress.reporting.report import CHART, write_report
 from dist_compress.reporting.reporter import write_summary
 from dist_compress.speedup import Plan
 from dist_compress.speedup.cost import latencies, layer_costs, macs, num_bytes, num_params, resize_batch
+from dist_compress.target import Coupling
 
 BATCH_SIZES = (1, 32)
 LATENCY_S = 1.5  # spent on timing both models
@@ -42,6 +44,12 @@ class Outcome:
     @property
     def summary(self) -> dict[str, Any]:
         return self.facts["summary"]
+
+    def coupled(self, coupling: Coupling, model: nn.Module) -> None:
+        """Draw the groups of units, if any, to coupling.svg, which the report shows."""
+        if self.active and coupling.groups:
+            chart = coupling_chart(coupling, [name for name, _ in model.named_modules()])
+            (self.run_dir / CHART).write_text(chart, encoding="utf-8")
 
     def before(self, model: nn.Module, metrics: dict[str, float]) -> None:
         """The dense model as it is when the first decision falls."""

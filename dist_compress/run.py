@@ -78,6 +78,7 @@ class Job:
         self.projection = Projection(self.model)
         self.methods = pruning.build(config)
         self.plan: Plan | None = None
+        self.coupling = Coupling()
         self.attach()
         newest = checkpoint.latest(self.run_dir)
         phase = checkpoint.read_meta(newest)["phase"] if newest else ""
@@ -85,6 +86,7 @@ class Job:
             self.detach(comm.on_rank0(lambda: Plan.load(self.run_dir)) if config.speedup.enabled else None)
         self.reporter = Reporter(config, self.run_dir, self.length.total_steps, resumed=newest is not None)
         self.outcome = Outcome(config, self.run_dir, self.example, resumed=newest is not None)
+        self.outcome.coupled(self.coupling, self.model)
         self.trainer = Trainer(
             config, self.model, self.data, self.task, self.methods,
             backends.load(config.backend.name)(config), self.projection, self.reporter,
@@ -114,10 +116,10 @@ class Job:
         """Trace the model on rank 0, hand the coupled units to every rank, attach the methods."""
         if not self.methods:
             return
-        coupling: Coupling = comm.on_rank0(lambda: speedup.coupling(self.model, *self.example, **self.settings()))
+        self.coupling = comm.on_rank0(lambda: speedup.coupling(self.model, *self.example, **self.settings()))
         length = self.length
         context = Context(
-            self.config, self.model, self.projection, coupling,
+            self.config, self.model, self.projection, self.coupling,
             length.num_micro, length.total_steps, length.steps_per_epoch,
         )  # fmt: skip
         for method in self.methods:

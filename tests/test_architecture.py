@@ -17,7 +17,7 @@ LAYERS = [
     ["sweep", "own_loop"],
     ["compose", "run_folder"],
     ["run"],
-    ["one_shot"],
+    ["one_shot", "explain"],
     ["outcome"],
     ["training", "export", "reporting"],
     ["pruning", "quantization", "distillation", "speedup", "backends", "models"],

@@ -195,6 +195,7 @@ def with_settings(run_dir: str) -> tuple[dict[str, Any], dict[str, Any], str]:
 
 def test_the_settings_of_the_speedup_hold(ranks: Any, tmp_path: Path) -> None:
     summary, kept, page = ranks(1, with_settings, str(tmp_path / "run"))[0]
+    assert "coupling groups" in page and page.count("units, ") > 3
     assert summary["verify/max_rel_diff"] == 0.5 and summary["params/after"] < summary["params/before"]
     assert kept and all(n % 4 == 0 for dims in kept.values() for n in dims.values())
     assert not [name for name in kept if name.startswith(("layer1.", "layer3.0."))]

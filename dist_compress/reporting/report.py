@@ -21,6 +21,7 @@ from markupsafe import Markup
 from dist_compress.reporting import charts, figures
 
 Row = Mapping[str, Any]
+CHART = "coupling.svg"  # in the folder of a run: shown where it exists
 
 # Series are drawn together when their last name is the same; these come first, the others are folded away.
 _CURVES = {
@@ -54,7 +55,9 @@ def write_report(
     page = jinja2.Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True)
     page.filters |= {"count": figures.count, "fingerprint": figures.fingerprint, "amount": _amount}
     rows = figures.before_after(summary)
+    chart = Path(run_dir) / CHART
     text = page.get_template("report.html.jinja").render(
+        coupling=Markup(chart.read_text(encoding="utf-8")) if chart.is_file() else None,
         title=_title(config) or Path(run_dir).resolve().name,
         subtitle=_subtitle(config, summary),
         date=time.strftime("%d %B %Y, %H:%M"),
