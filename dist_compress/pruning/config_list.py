@@ -125,11 +125,11 @@ def _override(setting: Setting, values: dict[str, Any], where: str) -> None:
                     _note(setting, key, values[key], where, other)
                     _take_back(setting, other)
     for key, value in values.items():
+        if key in setting.sources and getattr(setting, key) != value:
+            _note(setting, key, value, where, key)
         if key in entries.TAKES_BACK and value is None:
             _take_back(setting, key)
             continue
-        if key in setting.sources and getattr(setting, key) != value:
-            _note(setting, key, value, where, key)
         setattr(setting, key, value)
         setting.sources[key] = where
 

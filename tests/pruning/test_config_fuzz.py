@@ -12,6 +12,15 @@ def test_valid_lists_remove_exactly_what_the_rules_demand():
     check(check_valid, range(300))
 
 
+def on_ranks(seeds):
+    check(check_valid, seeds)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_valid_lists_do_so_at_any_number_of_ranks(ranks, size):
+    ranks(size, on_ranks, range(1000, 1010))
+
+
 def test_invalid_lists_are_refused_with_the_path_of_the_key():
     check(check_invalid, range(300))
 

@@ -78,6 +78,14 @@ def test_a_method_without_the_scores_asked_for_is_refused_at_the_start(own, tmp_
         attach(config([{"op_names": ["free"], "granularity": "element"}], method="my_pkg.units", options={"first": 2}))
 
 
+def test_the_method_says_what_is_decided_as_one(own, tmp_path):
+    lines = OWN.replace("class Mine(Metric):", 'class Mine(Metric):\n    granularity = "element"\n')
+    (tmp_path / "my_pkg" / "single.py").write_text(lines)
+    for granularity, given in (({}, "element"), ({"granularity": "out_channel"}, "out_channel")):
+        pruner, _, _ = attach(config([{"op_names": ["free"], **granularity}], method="my_pkg.single"))
+        assert [s.granularity for s in pruner.settings] == [given] and bool(pruner.elements.groups) == (not granularity)
+
+
 def test_nan_scores_are_refused_by_name():
     pruner, model, _ = attach(config([{"op_names": ["free"]}]))
     with torch.no_grad():

@@ -125,6 +125,7 @@ def test_a_later_way_to_say_how_much_takes_the_place_of_an_earlier_one():
     assert settings["bn_a"].align and settings["bn_a.bias"].align  # the bias goes along
     assert overrides(list(settings.values())) == [
         "pruning.config_list[3].sparse_ratio=0.4 overrides pruning.config_list[0].sparse_ratio=0.3 for a",
+        "pruning.config_list[4].sparse_ratio=None overrides pruning.config_list[0].sparse_ratio=0.3 for b",
         "pruning.config_list[1].sparse_threshold=0.1 overrides pruning.config_list[0].sparse_ratio=0.3 for free",
         "pruning.config_list[3].sparse_ratio=0.4 overrides pruning.config_list[1].sparse_threshold=0.1 for free",
     ]
@@ -169,6 +170,8 @@ def test_refusals(entry, said):
 
 
 def test_a_bias_cannot_leave_the_channels_of_the_trace():
+    said = refuse({"op_names": ["a"]}, {"op_names": ["bn_a"], "target_names": ["weight"], "sparse_threshold": 0.2})
+    assert said.startswith("bn_a: pruning.config_list[1].sparse_threshold=0.2 asks for a mask of its own, but it goes")
     said = refuse({"op_names": ["a"], "target_settings": {"bias": {"sparse_ratio": 0.2}}})
     assert (
         "goes along with the channels of a (dependency_group_id='auto' by default). Set dependency_group_id: null"
