@@ -30,7 +30,7 @@ from dist_compress.target import Coupling, UnitGroup
 
 def main(words: Sequence[str] | None = None) -> None:
     """The command. Prints a table of the coupling groups; what the user can mend ends it with status 2."""
-    parser = argparse.ArgumentParser("python -m dist_compress.explain", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m dist_compress.explain", description="What of a model can shrink, and what keeps the rest.")
     parser.add_argument("model", help="a name of torchvision or timm, or package.module.callable")
     parser.add_argument("--input", default="1,3,64,64", help="shape of the input, the batch first (1,3,64,64)")
     parser.add_argument("--dtype", default="float32", help="of the input; integers are zeros (float32)")
@@ -65,7 +65,7 @@ def build(name: str) -> nn.Module:
 
 
 def table(model: nn.Module, found: Coupling, ties: Ties) -> Table:
-    """The groups, the largest share of the MACs first; for a blocked one the chain of ops that blocks it."""
+    """The groups in the order of the model; for a blocked one the chain of ops that blocks it."""
     total = sum(layer.macs for layer in found.layers) or 1
     result = Table(title=f"{type(model).__name__}: {len(found.groups)} coupling groups")
     for column, side in (("group", "left"), ("units", "right"), ("parameters", "right"), ("MACs", "right")):
