@@ -53,8 +53,12 @@ def close_constants(s: Structure, facts: Facts, keep: Keep, model: nn.Module) ->
 def _constants(c: Contraction, facts: Facts) -> torch.Tensor:
     """Positions of the contracted dim that hold a constant other than zero: bool [n], or [1] for all alike."""
     found = facts.constants(c.a)
-    dim = c.contracted_dim % found.dim()
-    return sets.any_over(found, [d for d in range(found.dim()) if d != dim]).flatten()
+    others = [d for d in range(found.dim()) if d != c.contracted_dim % found.dim()]
+    along = sets.any_over(found, others).flatten()
+    value = facts.value(c.a) if bool(along.any()) else None
+    if value is not None:  # a relu, say, has made zeros of some
+        along = along & sets.any_over((value != 0).cpu(), others).flatten()
+    return along
 
 
 def _contribution(c: Contraction, s: Structure, facts: Facts, keep: Keep) -> torch.Tensor | None:
