@@ -8,7 +8,7 @@ Where values are known, they have to agree as well.
 from __future__ import annotations
 
 import copy
-from itertools import zip_longest
+from itertools import repeat, zip_longest
 from typing import Any
 
 import torch
@@ -16,12 +16,12 @@ from torch import nn
 
 from dist_compress.speedup.apply import apply
 from dist_compress.speedup.capture import Capture
-from dist_compress.speedup.contraction import Matmul
+from dist_compress.speedup.contraction import Convolution
 from dist_compress.speedup.custom import is_leaf
-from dist_compress.speedup.elementwise import Pointwise
+from dist_compress.speedup.dimwise import GroupNorm
 from dist_compress.speedup.keep import Keep
 from dist_compress.speedup.masking import tensors_of
-from dist_compress.speedup.movement import View
+from dist_compress.speedup.movement import Move, View
 from dist_compress.speedup.plan import Plan
 from dist_compress.speedup.rules import rule_of
 from dist_compress.speedup.same_moves import moves_alike
@@ -30,6 +30,7 @@ from dist_compress.speedup.verify import verify
 from dist_compress.speedup.wrong_rule import check_user_rules
 from dist_compress.tracing import ModuleCall, Op, Ref, Trace, TraceError, trace
 
+_COUNTED = (Move, View, Convolution, GroupNorm)  # rules of ops whose numbers are sizes or follow them
 _COPIES = ("clone", "contiguous", "alias", "detach")
 
 
@@ -101,7 +102,9 @@ def _first_difference(again: Trace, s: Structure, keep: Keep, skipped: set[str])
         for a, b in zip(op.outputs, new.outputs, strict=True):
             if a is not None and b is not None and a.id in planned and again.info(b).shape != planned[a.id]:
                 return op.module
-        if isinstance(rule_of(op), (Pointwise, Matmul)) and _numbers(op) != _numbers(new):
+        if not isinstance(rule_of(op), _COUNTED) and _numbers(op) != _numbers(new):
+            return op.module
+        if not all(map(_same_constant, op.inputs, new.inputs, repeat(s.trace), repeat(again))):
             return op.module
         known = all(ref is None or ref.id in planned for ref in (*op.inputs[:1], *op.outputs))
         if known and not moves_alike(op, new, s.trace, again, kept):
@@ -118,6 +121,16 @@ def _outside(tape: list[Op], modules: set[str]) -> list[Op]:
 def _numbers(op: Op) -> list[Any]:
     """The plain arguments of an op."""
     return [x for x in (*op.args, *op.kwargs.values()) if isinstance(x, (bool, int, float, str))]
+
+
+def _same_constant(a: Ref, b: Ref, recorded: Trace, again: Trace) -> bool:
+    """Whether two tensors that python made, of a size perhaps, hold the same; True for others."""
+    if recorded.info(a).kind != "const" or again.info(b).kind != "const":
+        return True
+    one, other = recorded.values.get(a.id), again.values.get(b.id)
+    if one is None or other is None or one.is_meta or other.is_meta:
+        return True
+    return torch.equal(one, other)
 
 
 def _first_call_apart(recorded: Trace, again: Trace, s: Structure, keep: Keep, tolerance: float) -> str:

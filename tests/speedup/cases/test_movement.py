@@ -66,10 +66,14 @@ def test_literal_view_is_exact(shrink):
         (lambda x: x[:, 1:4], [0]),
         (lambda x: x.chunk(2, 1)[1], [0, 1]),
         (lambda x: x.view(len(x), 3, -1, 4, 4).sum(1), [0, 1, 4]),
+        (lambda x: x / x.shape[1], [1]),
+        (lambda x: x * torch.tensor(float(x.shape[1])), [1]),
+        (lambda x: x * x.new_full((), x.shape[1]), [1]),
+        (lambda x: x * torch.arange(x.shape[1])[:, None, None], [1]),
     ],
-    ids=["roll", "shuffle", "slice", "chunk", "view"],
+    ids=["roll", "shuffle", "slice", "chunk", "view", "number", "tensor", "full", "arange"],
 )
-def test_a_movement_that_the_example_does_not_show_is_exact(shrink, run, masked):
+def test_what_the_example_does_not_show_is_exact(shrink, run, masked):
     """At the example every kept channel is hidden by the relu, so the values cannot tell where channels went."""
     model = Net(lambda m, x: m.b(run(F.relu(m.a(x)))), a=nn.Conv2d(3, 6, 1), b=nn.LazyConv2d(4, 1))
     model(image(size=4))
