@@ -194,7 +194,7 @@ class _Recorder(GraphBuilder):
                 self.bind(result, node)
                 if type(result) is int:
                     result = TracedInt(result, node, self.ints)
-            elif type(result) is torch.device and self.is_known(tensors[0]):
+            elif type(result) is torch.device and tensors and self.is_known(tensors[0]):
                 self.devices.setdefault(result, self.add(op, target, args, kwargs))
             elif name in _READS:
                 self.specialised.append(Specialised(self.path[-1], name, result))

@@ -83,8 +83,12 @@ def current_ref(tensor: torch.Tensor) -> Ref | None:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no fused attention, nothing compiled; flags, buffers and RNG are restored at the end."""
+    """Eval mode, no gradients, no fused attention, nothing compiled.
+
+    Flags, buffers, RNG and attributes of modules that hold tensors (results that they keep) are restored at the end.
+    """
     training = {module: module.training for module in model.modules()}
+    attributes = {module: dict(vars(module)) for module in training}
     buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
     fastpath = torch.backends.mha.get_fastpath_enabled()
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
@@ -102,6 +106,18 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(saved)
         for module, flag in training.items():
             module.training = flag
+        for module, saved in attributes.items():
+            _restore_tensors(vars(module), saved)
+
+
+def _restore_tensors(current: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Puts back what `current` has got since `saved` was copied from it, where that holds tensors."""
+    for name, value in list(current.items()):
+        if value is not saved.get(name) and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
+            if name in saved:
+                current[name] = saved[name]
+            else:
+                del current[name]
 
 
 def _eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
