@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -51,7 +52,7 @@ def main() -> None:
                 if wanted and (suite, case.name) not in known:
                     todo.append((suite, case))
     with ThreadPoolExecutor(options.jobs) as pool:
-        for row in pool.map(lambda item: _row(*item, options.time_limit, options.memory_limit), todo):
+        for row in pool.map(lambda item: _row(*item, options), todo):
             with options.results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             removed = max((p["removed"] for p in row.get("plans", {}).values()), default=0)
@@ -67,7 +68,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=_HERE / "zoo.jsonl")
     parser.add_argument("--report", action="store_true", help="write zoo.md from the results and stop")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--time-limit", type=float, default=300, help="wall seconds for a model")
+    parser.add_argument("--time-limit", type=int, default=300, help="CPU seconds for a model")
+    parser.add_argument("--wall-limit", type=float, default=1800, help="wall seconds for a model")
     parser.add_argument("--memory-limit", type=float, default=6, help="GiB for a model")
     return parser.parse_args()
 
@@ -78,30 +80,31 @@ def _read(results: Path) -> list[dict]:
     return list({(row["suite"], row["name"]): row for row in map(json.loads, lines)}.values())
 
 
-def _row(suite: str, case: Case, time_limit: float, memory_limit: float) -> dict:
-    """The row of a model, checked in a process of its own, which is ended at the limit."""
+def _row(suite: str, case: Case, options: argparse.Namespace) -> dict:
+    """The row of a model, checked in a process of its own, which ends at the limits."""
     with tempfile.NamedTemporaryFile() as file:
         # Forked, so that the libraries are imported once; no thread of torch is up yet.
-        process = multiprocessing.get_context("fork").Process(target=_child, args=(case, file.name, memory_limit))
+        process = multiprocessing.get_context("fork").Process(target=_child, args=(case, file.name, options))
         started = time.monotonic()
         process.start()
-        process.join(time_limit)
+        process.join(options.wall_limit)
         ended = process.exitcode is not None
         if not ended:
             process.kill()
             process.join()
         text = Path(file.name).read_text()
     row = json.loads(text) if text else {"seconds": {}}
-    if ended and process.exitcode != 0:
+    if ended and process.exitcode not in (0, -signal.SIGXCPU):
         row |= {"failure": "memory" if process.exitcode == -9 else "crash", "detail": f"exit code {process.exitcode}"}
     return {"suite": suite, "name": case.name, "family": case.family, **row,
             "wall": round(time.monotonic() - started, 1)}  # fmt: skip
 
 
-def _child(case: Case, path: str, memory_limit: float) -> None:
+def _child(case: Case, path: str, options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore")
-    limit = int(memory_limit * 2**30)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    bytes_ = int(options.memory_limit * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (bytes_, bytes_))
+    resource.setrlimit(resource.RLIMIT_CPU, (options.time_limit, options.time_limit + 10))
     try:
         check(case, partial(_write, Path(path)))
     except BaseException:

@@ -21,7 +21,7 @@ from zoo_models.case import Case
 
 SHARES = (0.3, 0.5)  # of the units of every group that is not blocked
 ENOUGH = 0.2  # of the parameters have to go for a model to count
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # of the largest output
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest output
 _HOLLOW = 1e-7  # masks that change the output by less than this prove nothing
 BATCH, OTHER_BATCH = 2, 3
 
@@ -122,7 +122,12 @@ def _shrink(model: nn.Module, inputs: Any, norm: str, tolerance: float, phase: _
         return found | {"error": ["plan fails", _text(error)], "free": 0}
     found |= {"groups": len(units.groups), "blocked": _blocked(units)}
     found["free"] = sum(not group.blocked and group.num_units > 1 for group in units.groups)
-    for share in SHARES if found["free"] else ():
+    if not found["free"]:
+        try:
+            return found | {"blocked": _rows_that_stay(model, captured, norm, phase)}
+        except Exception as error:
+            return found | {"error": ["plan fails", _text(error)]}
+    for share in SHARES:
         try:
             found["plans"][f"{share:.0%}"] = _plan(model, captured, units, share, inputs, norm, tolerance, phase)
         except Failure as failure:
@@ -181,6 +186,23 @@ def _judge(row: Row) -> None:
         raise Failure("removes too little", f"{_removed(row):.0%} of the parameters")
 
 
+def _rows_that_stay(model: nn.Module, captured: Capture, norm: str, phase: _Phases) -> list[tuple[str, int]]:
+    """Why, when a part of the rows of every weight is masked, whether a group has them or not."""
+    masked = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in masked.parameters():
+            if parameter.dim() > 1 and parameter.size(0) > 1:
+                count = max(1, round(SHARES[0] * parameter.size(0)))
+                parameter[torch.randperm(parameter.size(0), generator=generator)[:count]] = 0
+    with phase("plan"):
+        made = plan(masked, captured.args, captured.kwargs, norm=norm)
+    reasons: Counter[str] = Counter()
+    for slices in made.blocked:
+        reasons[_without_module(slices.reason)] += slices.count
+    return reasons.most_common(4)
+
+
 def _removed(row: Row) -> float:
     return max((result["removed"] for result in row.get("plans", {}).values()), default=0.0)
 
@@ -190,8 +212,13 @@ def _blocked(units: Coupling) -> list[tuple[str, int]]:
     reasons: Counter[str] = Counter()
     for group in units.groups:
         if group.blocked:
-            reasons[re.sub(r" in \S*?([\w]*) (?=[a-z])", " ", group.blocked, count=1)] += group.num_units
+            reasons[_without_module(group.blocked)] += group.num_units
     return reasons.most_common(4)
+
+
+def _without_module(reason: str) -> str:
+    """"mm in layers.0.mlp keeps it" without the place, so that layers add up."""
+    return re.sub(r" in (the model itself|\S+) ", " ", reason, count=1)
 
 
 def _run(model: nn.Module, given: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+import transformers.models.llama.modeling_llama  # what all models import, once for all processes
 from torch import nn
 
 from zoo_models import nested
@@ -75,7 +76,8 @@ _STATE_SPACE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     "t5": _T5, "mt5": _T5 | {"feed_forward_proj": "gated-gelu"}, "umt5": _T5, "longt5": _T5,
-    "switch_transformers": _T5 | {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
+    "switch_transformers": _T5 | {"num_decoder_layers": 2, "num_experts": 4,
+    "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     "bart": _SEQ2SEQ, "mbart": _SEQ2SEQ, "pegasus": _SEQ2SEQ, "marian": _SEQ2SEQ, "blenderbot": _SEQ2SEQ,
     "blenderbot_small": _SEQ2SEQ, "m2m_100": _SEQ2SEQ, "led": _SEQ2SEQ | {"attention_window": 4,
     "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64}, "plbart": _SEQ2SEQ,
@@ -122,7 +124,7 @@ def cases() -> list[Case]:
 
 def _build(name: str, auto: Any, settings: dict[str, Any]) -> nn.Module:
     config = _config(name, settings)
-    if name in _MOE:  # the default, torch._grouped_mm, runs at widths that are multiples of 8 alone
+    if "num_experts" in settings and "d_kv" not in settings:  # the default runs at certain widths alone
         return auto.from_config(config, experts_implementation="eager")
     return auto.from_config(config)
 
