@@ -30,7 +30,8 @@ from dist_compress.target import Coupling, UnitGroup
 
 def main(words: Sequence[str] | None = None) -> None:
     """The command. Prints a table of the coupling groups; what the user can mend ends it with status 2."""
-    parser = argparse.ArgumentParser("python -m dist_compress.explain", description="What of a model can shrink, and what keeps the rest.")
+    about = "What of a model can shrink, and what keeps the rest."
+    parser = argparse.ArgumentParser("python -m dist_compress.explain", description=about)
     parser.add_argument("model", help="a name of torchvision or timm, or package.module.callable")
     parser.add_argument("--input", default="1,3,64,64", help="shape of the input, the batch first (1,3,64,64)")
     parser.add_argument("--dtype", default="float32", help="of the input; integers are zeros (float32)")
