@@ -35,8 +35,9 @@ def moves_alike(op: Op, new: Op, recorded: Trace, again: Trace, kept: Kept) -> b
     if old_constants is None or new_constants is None:
         return True  # everything such an op touches is kept
     source = kept(op.inputs[0])
-    old_maps, new_maps = rule.maps(op, old_shape, old_constants), rule.maps(new, new_shape, new_constants)
-    if all(m is not None for m in (*old_maps, *new_maps)):
+    old_maps = [m for m in rule.maps(op, old_shape, old_constants) if m is not None]
+    new_maps = [m for m in rule.maps(new, new_shape, new_constants) if m is not None]
+    if len(old_maps) == len(new_maps) == len(op.outputs):  # separable
         pairs = zip(op.outputs, old_maps, new_maps, strict=True)
         return all(out is None or _same_map(a, b, source, kept(out)) for out, a, b in pairs)
     ids = torch.arange(1, torch.Size(old_shape).numel() + 1).view(old_shape)
