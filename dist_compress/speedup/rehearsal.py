@@ -45,8 +45,10 @@ def rehearse(given: Capture, model: nn.Module, plan: Plan, s: Structure, keep: K
     small = apply(copy.deepcopy(model, tensors_of(model)), plan)  # tensors that stay whole are not copied
     try:
         again = trace(small, given.args, given.kwargs)
-    except TraceError as error:
-        return error.module
+    except TraceError as error:  # the code to blame may have run before
+        skipped = _other_programs(plan, model, recorded)
+        failed = _first_difference(error.recorded, s, keep, skipped, ended=False)
+        return error.module if failed is None else failed
     failed = _first_difference(again, s, keep, _other_programs(plan, model, recorded))
     if failed is not None:
         return failed
@@ -85,8 +87,11 @@ def _other_programs(plan: Plan, model: nn.Module, recorded: Trace) -> set[str]:
     return created | leaves | set(plan.swaps) | set(plan.resized) | set(plan.graphs)
 
 
-def _first_difference(again: Trace, s: Structure, keep: Keep, skipped: set[str]) -> str | None:
-    """The module of the first op that is not the recorded one at the kept sizes; ops inside `skipped` may be any."""
+def _first_difference(again: Trace, s: Structure, keep: Keep, skipped: set[str], ended: bool = True) -> str | None:
+    """The module of the first op that is not the recorded one at the kept sizes; ops inside `skipped` may be any.
+
+    ended: whether `again` is of a whole run.
+    """
     sizes = {var: int(kept.sum()) for var, kept in keep.kept.items()}
     planned = {key: tuple(sizes[v] for v in s.dims(Ref(key))) for key in s.known()}
 
@@ -94,6 +99,8 @@ def _first_difference(again: Trace, s: Structure, keep: Keep, skipped: set[str])
         return [keep.kept[v].nonzero().flatten() for v in s.dims(ref)]
 
     for op, new in zip_longest(_outside(s.trace.tape, skipped), _outside(again.tape, skipped)):
+        if new is None and not ended:
+            return None
         if op is None or new is None:
             return (op or new or s.trace.tape[-1]).module
         both_views = isinstance(rule_of(op), View) and isinstance(rule_of(new), View)
@@ -150,4 +157,4 @@ def _kept(value: torch.Tensor, ref: Ref, s: Structure, keep: Keep) -> torch.Tens
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    return min(1e3 * torch.finfo(dtype).eps, 0.05) if dtype.is_floating_point else 0.0
+    return min(max(1e3 * torch.finfo(dtype).eps, 1e-11), 0.05) if dtype.is_floating_point else 0.0

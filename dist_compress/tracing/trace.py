@@ -31,11 +31,11 @@ from dist_compress.tracing.tape import Info, Layout, ModuleCall, Op, Overlay, Re
 
 
 class TraceError(UserError):
-    """The model's own code failed in module `module` (fqn of the innermost one)."""
+    """The model's own code failed in module `module` (fqn of the innermost one), after what `recorded` holds."""
 
-    def __init__(self, text: str, module: str):
+    def __init__(self, text: str, module: str, recorded: Trace):
         super().__init__(text)
-        self.module = module
+        self.module, self.recorded = module, recorded
 
 
 def trace(
@@ -69,7 +69,7 @@ def trace(
                 f"The model failed while it was traced in eval mode, in {where}. "
                 "Check the example inputs against the model's forward."
             )
-            raise TraceError(text, recorder.failed or "") from error
+            raise TraceError(text, recorder.failed or "", recorder.trace) from error
         return recorder.finish(result)
 
 
