@@ -21,6 +21,7 @@ from dist_compress.speedup.keep import Keep
 from dist_compress.speedup.structure import Structure
 from dist_compress.speedup.verify import verify
 from dist_compress.tracing import Ref
+from dist_compress.tracing.trace import untouched
 
 
 class Kepts:
@@ -73,7 +74,7 @@ def repair(aligned: Aligned, module: nn.Module, kepts: Kepts) -> dict[str, Chang
     """{node name: {argument path: new value}} for the shrunk `module`. Raises UserError when there are none."""
     runner = _Repair(aligned, module, kepts)
     args, kwargs = sliced_inputs(aligned, kepts)
-    with torch.no_grad():
+    with untouched(module):  # it shares tensors with the model
         runner.run_with(args, kwargs)
     return runner.found
 

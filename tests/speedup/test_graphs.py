@@ -285,3 +285,24 @@ def test_a_graph_that_calls_a_shared_module_that_is_a_graph():
     plan, small = planned(model)
     assert set(plan.graphs) == {"attention", "second", "attention.extra"}
     assert small.second.extra is small.attention.extra and small.second.proj.weight.shape == (32, 24)
+
+
+class Normed(nn.Module):
+    """A size in its code, and a norm behind it that counts batches while it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm, self.out = nn.Linear(4, 8), nn.BatchNorm1d(5), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.norm(self.fc(x).relu().view(-1, 5, 8)))
+
+
+def test_statistics_of_a_model_in_training_mode_stay():
+    torch.manual_seed(0)
+    model = Normed().train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    kept = torch.arange(8) >= 3
+    made = speedup.plan(model, (torch.randn(2, 5, 4),), masks={"fc.weight": kept[:, None], "fc.bias": kept})
+    assert made.graphs and model.training
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
