@@ -22,7 +22,9 @@ class Member:
     fqn: str
     dim: int
     index: torch.Tensor
-    role: str  # "producer": makes the unit; "affine": norm weight and bias on it; "consumer": reads it
+    # "producer": makes the unit; "affine": norm weight and bias on it; "consumer": reads it; "reader": reads it and is
+    # masked along, since the unit is not zero for its producers alone (a query head, where heads share one value)
+    role: str
 
     @property
     def module(self) -> str:

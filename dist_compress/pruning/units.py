@@ -92,7 +92,8 @@ def _coupled_set(
     index: int, group: UnitGroup, role: str, targets: dict[str, Setting], model: nn.Module
 ) -> UnitSet | list[Kept]:
     """The set of a group of the trace, or why its targets are kept (nothing when it has none)."""
-    makers = list(dict.fromkeys(m.fqn for m in group.members if m.role == role))
+    own = [m for m in group.members if m.role == role or (role == "consumer" and m.role == "reader")]
+    makers = list(dict.fromkeys(m.fqn for m in own))
     chosen = [targets[name] for name in makers if name in targets]
     if not chosen:
         return []
@@ -107,8 +108,8 @@ def _coupled_set(
     if group.blocked or missing:
         reason = group.blocked or f"coupled with {', '.join(dict.fromkeys(missing))}, which is not a target"
         return [Kept(setting.name, reason, _num_channels(model, setting)) for setting in chosen]
-    scored = tuple(m for m in group.members if m.role == role and m.fqn in targets)
-    masked = tuple(m for m in group.members if m.role in ("producer", "affine", role))
+    scored = tuple(m for m in own if m.fqn in targets)
+    masked = tuple(m for m in group.members if m.role in ("producer", "affine", "reader", role))
     names = tuple(setting.name for setting in chosen)
     parts = _num_parts(chosen, group.num_units)
     gates = _gates(group)

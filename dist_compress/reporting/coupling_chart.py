@@ -108,7 +108,7 @@ def _group(
     return f'<g><title>{escape(tip)}</title><line class="{kind}" {ends} stroke="{colour}"/>{"".join(marks)}</g>'
 
 
-_VERBS = {"producer": "makes", "affine": "scales", "consumer": "reads"}
+_VERBS = {"producer": "makes", "affine": "scales", "consumer": "reads", "reader": "reads"}
 
 
 def _notes(

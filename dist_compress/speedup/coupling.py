@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ from dist_compress.speedup.units import groups_of
 from dist_compress.target import Coupling, LayerCost, Member, UnitGroup
 from dist_compress.tracing import ModuleCall, Ref, Trace
 
+Groups = list[tuple[UnitGroup, dict[int, torch.Tensor]]]
+
+_NOT_ZERO = ("merges or splits dims", "is not zero after")  # reasons that masking more may take away
+
 
 def coupling(
     model: nn.Module | Capture,
@@ -35,9 +40,9 @@ def coupling(
 ) -> Coupling:
     """Unit groups and layer costs of `model`. Rank 0 only; broadcast the result.
 
-    Zeroing the producer and affine slices of any units of a group that is not blocked makes `plan` remove exactly
-    these units. `args`, `kwargs`: an example input whose first tensor has the batch in dim 0. A `Capture` holds model,
-    input and settings, and serves `plan` after it. `norm`, `keep`, `barrier` as in `capture`.
+    Zeroing the slices of any units of a group that is not blocked, all but those of consumers, makes `plan` remove
+    exactly these units. `args`, `kwargs`: an example input whose first tensor has the batch in dim 0. A `Capture` holds
+    model, input and settings, and serves `plan` after it. `norm`, `keep`, `barrier` as in `capture`.
     """
     given = captured(model, args, kwargs, {"norm": norm, "keep": tuple(keep), "barrier": tuple(barrier)})
     s = given.structure
@@ -61,13 +66,35 @@ def _roles(s: Structure) -> list[tuple[str, int, int, str]]:
     return [(fqn, dim, var, "consumer" if role == "normalised" else role) for fqn, dim, var, role in found.values()]
 
 
-def _check(
-    given: Capture, groups: list[tuple[UnitGroup, dict[int, torch.Tensor]]]
-) -> list[tuple[UnitGroup, dict[int, torch.Tensor]]]:
-    """Mask 30 % of the units of each group, as data, and plan; groups of which one does not vanish become blocked."""
+def _check(given: Capture, groups: Groups) -> Groups:
+    """Groups of which units stay when they are masked are blocked, or masked at what reads them too.
+
+    A query head whose value other heads share is not silent while the output projection reads it.
+    """
+    checked = _tried(given, groups, range(len(groups)))
+    loud = [
+        i
+        for i, ((before, _), (after, _)) in enumerate(zip(groups, checked, strict=True))
+        if not before.blocked and any(why in after.blocked for why in _NOT_ZERO)
+    ]
+    if loud:
+        silenced = list(checked)
+        for i in loud:
+            group, where = groups[i]
+            members = tuple(replace(m, role="reader") if m.role == "consumer" else m for m in group.members)
+            silenced[i] = (replace(group, members=members), where)
+        for i, found in enumerate(_tried(given, silenced, loud)):
+            if not found[0].blocked:
+                checked[i] = found
+    return checked
+
+
+def _tried(given: Capture, groups: Groups, which: Iterable[int]) -> Groups:
+    """Mask 30 % of the units of some groups, as data, and plan; groups of which one does not vanish become blocked."""
     generator = torch.Generator().manual_seed(0)
     removed: dict[int, torch.Tensor] = {}
-    for i, (group, where) in enumerate(groups):
+    for i in which:
+        group, where = groups[i]
         step = max(_step(given, var, positions) for var, positions in where.items())
         if not group.blocked and group.num_units > step:
             count = max(1, round(0.3 * group.num_units))
@@ -90,7 +117,7 @@ def _check(
         if failed is not None:
             why = [b.reason for b in made.blocked if b.fqn == failed.fqn and b.dim == failed.dim]
             text = why[0] if why else f"{failed.fqn} keeps them along dim {failed.dim}"
-            checked[i] = (UnitGroup(group.name, group.num_units, group.members, text), where)
+            checked[i] = (replace(group, blocked=text), where)
     return checked
 
 
@@ -113,7 +140,7 @@ def _sizes_depend_on_values(trace: Trace) -> bool:
 
 
 def _masks(model: nn.Module, chosen: list[tuple[UnitGroup, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """{parameter fqn: False at the producer and affine slices of the units}."""
+    """{parameter fqn: False at the slices of the units that are not only consumers}."""
     masks: dict[str, torch.Tensor] = {}
     for group, units in chosen:
         for member in group.members:
@@ -127,7 +154,7 @@ def _masks(model: nn.Module, chosen: list[tuple[UnitGroup, torch.Tensor]]) -> di
 
 
 def mask_units(model: nn.Module, group: UnitGroup, units: torch.Tensor) -> None:
-    """Zero the producer and affine slices of `units` of a group, in place. Local."""
+    """Zero the producer, affine and reader slices of `units` of a group, in place. Local."""
     with torch.no_grad():
         for member in group.members:
             if member.role != "consumer":

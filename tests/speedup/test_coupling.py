@@ -1,3 +1,5 @@
+import copy
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -129,3 +131,31 @@ def test_costs_are_per_sample():
     assert [(layer.fqn, layer.macs) for layer in coupling.layers] == [("0", 3 * 4 * 9 * 4), ("2", 32)]
     fixed, parts = coupling.layers[1].factors[-1]
     assert fixed == 0 and parts[0][1].tolist() == [4.0] * 4
+
+
+class OneKeyHead(nn.Module):
+    """Query heads that share one key and value head."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.kv, self.o = nn.Linear(6, 12), nn.Linear(6, 8), nn.Linear(12, 6)
+
+    def forward(self, x):
+        q = self.q(x).unflatten(-1, (-1, 4)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2, 1, 4)).permute(2, 0, 3, 1, 4)
+        return self.o(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_query_heads_that_share_a_value_head_are_masked_at_their_reader():
+    torch.manual_seed(0)
+    model, x = OneKeyHead(), torch.randn(2, 5, 6)
+    group = by_name(speedup.coupling(model, (x,)))["q"]
+    assert group.num_units == 3 and not group.blocked
+    assert members(group)[("o.weight", 1, "reader")][1] == [4, 5, 6, 7]
+    silent = copy.deepcopy(model)
+    with torch.no_grad():  # without the reader the head is the mean of its values
+        silent.q.weight[4:8], silent.q.bias[4:8] = 0, 0
+    assert "q.weight" not in speedup.plan(silent, (x,)).keep
+    speedup.mask_units(model, group, torch.tensor([1]))
+    small = speedup.apply(copy.deepcopy(model), speedup.plan(model, (x,)))
+    assert small.q.out_features == 8 and speedup.verify(model(x), small(x)) < 1e-5
