@@ -118,18 +118,19 @@ class Restride(Pointwise):
     unknown = Rule()
 
     def link(self, op: Op, s: Structure) -> None:
-        (super() if self._is_same(op, s.trace) else self.unknown).link(op, s)
+        (super() if self.same_elements(op, s.trace) else self.unknown).link(op, s)
 
     def taint(self, op: Op, f) -> list[torch.Tensor]:
-        return (super() if self._is_same(op, f.trace) else self.unknown).taint(op, f)
+        return (super() if self.same_elements(op, f.trace) else self.unknown).taint(op, f)
 
     def nonzero(self, op: Op, f) -> list[torch.Tensor]:
-        return [f.nonzero(op.inputs[0])] if self._is_same(op, f.trace) else self.unknown.nonzero(op, f)
+        return [f.nonzero(op.inputs[0])] if self.same_elements(op, f.trace) else self.unknown.nonzero(op, f)
 
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
-        return (super() if self._is_same(op, f.trace) else self.unknown).live(op, f, seen)
+        return (super() if self.same_elements(op, f.trace) else self.unknown).live(op, f, seen)
 
-    def _is_same(self, op: Op, trace: Trace) -> bool:
+    def same_elements(self, op: Op, trace: Trace) -> bool:
+        """Whether the op only says how its tensor lies in memory, which a shrunk model need not do."""
         maker = next((o for o in trace.tape if op.inputs[0] in o.outputs), None)
         shape = trace.info(op.inputs[0]).shape
         return maker is not None and maker.name == "mean" and shape == trace.info(op.out).shape and shape[2:] == (1, 1)

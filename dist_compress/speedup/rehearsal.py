@@ -19,6 +19,7 @@ from dist_compress.speedup.capture import Capture
 from dist_compress.speedup.contraction import Convolution
 from dist_compress.speedup.custom import is_leaf
 from dist_compress.speedup.dimwise import GroupNorm
+from dist_compress.speedup.elementwise import Restride
 from dist_compress.speedup.keep import Keep
 from dist_compress.speedup.masking import tensors_of
 from dist_compress.speedup.movement import Move, View
@@ -98,7 +99,7 @@ def _first_difference(again: Trace, s: Structure, keep: Keep, skipped: set[str],
     def kept(ref: Ref) -> list[torch.Tensor]:
         return [keep.kept[v].nonzero().flatten() for v in s.dims(ref)]
 
-    for op, new in zip_longest(_outside(s.trace.tape, skipped), _outside(again.tape, skipped)):
+    for op, new in zip_longest(_outside(s.trace, skipped), _outside(again, skipped)):
         if new is None and not ended:
             return None
         if op is None or new is None:
@@ -119,10 +120,15 @@ def _first_difference(again: Trace, s: Structure, keep: Keep, skipped: set[str],
     return None
 
 
-def _outside(tape: list[Op], modules: set[str]) -> list[Op]:
-    """What ran outside of `modules`, without copies: whether a reshape copies depends on the sizes."""
+def _outside(trace: Trace, modules: set[str]) -> list[Op]:
+    """What ran outside of `modules`, without what depends on sizes and layouts alone: copies, strides."""
     inside = tuple(f"{module}." for module in modules)
-    return [op for op in tape if op.name not in _COPIES and not (inside and f"{op.module}.".startswith(inside))]
+    return [op for op in trace.tape if not _is_copy(op, trace) and not (inside and f"{op.module}.".startswith(inside))]
+
+
+def _is_copy(op: Op, trace: Trace) -> bool:
+    rule = rule_of(op)
+    return op.name in _COPIES or (isinstance(rule, Restride) and rule.same_elements(op, trace))
 
 
 def _numbers(op: Op) -> list[Any]:
