@@ -169,8 +169,8 @@ def wrong_plan(run_dir: str) -> str:
 
     real = speedup.plan
 
-    def off_by_one(*args: Any) -> Any:
-        plan = real(*args)
+    def off_by_one(*args: Any, **settings: Any) -> Any:
+        plan = real(*args, **settings)
         for name, dims in plan.keep.items():
             width = args[0].get_parameter(name).shape[1] if 1 in dims else 0
             if 0 < len(dims.get(1, ())) < width:  # the inputs of a convolution
