@@ -145,7 +145,7 @@ class Convolution(Rule):
         total = torch.zeros((1, 1), dtype=torch.bool)
         for data, weight in pairs:
             if bool(data.any()) and bool(weight.any()):
-                total = total | (self._weight(weight, op, f) & self._channels(data, g)[:, None]).any(-1)
+                total = total | sets.matmul(self._weight(weight, op, f), self._channels(data, g)[..., None])[..., 0]
         total = self._spread(total, (g, o), len(f.shape(op.out)))
         if len(op.inputs) > 2:
             bias = of_bias(op.inputs[2])
@@ -157,7 +157,7 @@ class Convolution(Rule):
         g, _, i = self._sizes(op, f)
         observed = self._channels(union(seen), g)
         if f.dependent(x):
-            s = (self._weight(f.nonzero(w), op, f) & observed[..., None]).any(1)
+            s = sets.matmul(observed[:, None], self._weight(f.nonzero(w), op, f))[:, 0]
             yield x, self._spread(s, (g, i), len(f.shape(x)))
         for ref in op.inputs[1:]:
             yield ref, sets.uniform(len(f.shape(ref)), True)

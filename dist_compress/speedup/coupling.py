@@ -21,7 +21,7 @@ from dist_compress.speedup.planning import solve
 from dist_compress.speedup.propagation import propagate
 from dist_compress.speedup.structure import Structure
 from dist_compress.speedup.units import groups_of
-from dist_compress.target import Coupling, LayerCost, Member, UnitGroup
+from dist_compress.target import Coupling, LayerCost, Member, UnitGroup, module_of
 from dist_compress.tracing import ModuleCall, Ref, Trace
 
 Groups = list[tuple[UnitGroup, dict[int, torch.Tensor]]]
@@ -108,8 +108,9 @@ def _tried(given: Capture, groups: Groups, which: Iterable[int]) -> Groups:
         structure = given.structure_of(pruned)
         made = solve(given, pruned, structure, propagate(structure.trace))
     else:
-        facts = propagate(given.trace, masks, values=lambda: given.values_of(masked(given.model, masks)))
-        made = solve(given, given.model, given.structure, facts)
+        s = given.structure
+        facts = propagate(given.trace, masks, lambda: given.values_of(masked(given.model, masks)), stays=s.stays)
+        made = solve(given, given.model, s, facts)
     checked = list(groups)
     for i, units in removed.items():
         group, where = groups[i]
@@ -174,7 +175,7 @@ def _costs(s: Structure, groups: list[tuple[UnitGroup, dict[int, torch.Tensor]]]
     costs = []
     for c in s.contractions:
         weight, _ = behind(s.trace, made_by, c.b)
-        owner = s.trace.info(weight).fqn.rpartition(".")[0] if weight is not None else c.op.module
+        owner = module_of(s.trace.info(weight).fqn if weight is not None else f"{c.op.module}.")
         out = s.trace.info(c.op.out).shape
         if c.macs is not None:
             macs = c.macs

@@ -21,7 +21,7 @@ class Facts:
 
     masks {parameter fqn: bool, of its rank, broadcastable to it}: what is nonzero, without any value; None: the trace
     has values. `values`: how to get those of the masked run should they be needed, {} where there are none. `zeros`:
-    zeros of the weights count as masks do.
+    zeros of the weights count as masks do. `stays`: whether a dim of a tensor is kept whole whatever the masks are.
     """
 
     def __init__(
@@ -30,9 +30,10 @@ class Facts:
         masks: Mapping[str, torch.Tensor] | None = None,
         values: Callable[[], dict[int, torch.Tensor]] = dict,
         zeros: bool = False,
+        stays: Callable[[Ref, int], bool] = lambda ref, dim: False,
     ):
         self.trace, self.masks, self.zeros = trace, masks, zeros
-        self._make_values = values
+        self._make_values, self._stays = values, stays
         self._values = trace.values if masks is None else None
         self._tainted: dict[int, torch.Tensor] = {}
         self._observed: dict[int, torch.Tensor] = {}
@@ -116,6 +117,16 @@ class Facts:
 
     def alive(self, ref: Ref) -> torch.Tensor:
         return self.observed(ref) & self.tainted(ref)
+
+    def hidden(self, ref: Ref, elements: torch.Tensor) -> bool:
+        """Whether tainting `elements` too taints no more of any dim of `ref` that could shrink."""
+        tainted = self.tainted(ref)
+        for dim in range(tainted.dim()):
+            others = [d for d in range(tainted.dim()) if d != dim]
+            more = sets.any_over(elements, others) & ~sets.any_over(tainted, others)
+            if bool(more.any()) and not self._stays(ref, dim):
+                return False
+        return True
 
     def constants(self, ref: Ref) -> torch.Tensor:
         """Elements that may be a constant other than zero."""

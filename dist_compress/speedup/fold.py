@@ -30,7 +30,8 @@ def close_constants(s: Structure, facts: Facts, keep: Keep, model: nn.Module) ->
         biases: dict[str, torch.Tensor] = {}
         grown = False
         for c in s.contractions:
-            constants = ~keep.kept[c.contracted] & _constants(c, facts)
+            removed = ~keep.kept[c.contracted]
+            constants = removed & _constants(c, facts) if bool(removed.any()) else removed
             if not bool(constants.any()):
                 continue
             contribution = _contribution(c, s, facts, keep)

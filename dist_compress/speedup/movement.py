@@ -76,6 +76,8 @@ class Move(Rule):
         constants = f.constants(op.inputs[0])
         if op.name != "select" or op.arg("index") == 0 or not bool(constants.any()):
             return torch.zeros((), dtype=torch.bool)
+        if f.hidden(op.inputs[0], constants):
+            return constants  # as if they depended on the input: the same is kept, and no value is needed
         value, dim = f.value(op.inputs[0]), op.arg("dim")
         if value is None:
             return constants

@@ -77,7 +77,7 @@ def _by_masks(reference: Reference, round_to: int) -> Plan | None:
     """
     given = reference.given
     s = given.structure
-    facts = propagate(given.trace, reference.masks, reference.values, zeros=True)
+    facts = propagate(given.trace, reference.masks, reference.values, zeros=True, stays=s.stays)
     keep = Keep(s, facts, {}, round_to)
     model = reference.model if reference.made else given.model
     bias = _values(s, facts, keep, model)
@@ -86,7 +86,7 @@ def _by_masks(reference: Reference, round_to: int) -> Plan | None:
     made = _extract(given, s, facts, keep, model, bias)
     made.config = config_changes(model, made)
     if not made.keep:
-        return made
+        return Plan(blocked=made.blocked)
     return made if s.settings.norm != "plain" and verified(reference, made, keep) else None
 
 
@@ -111,7 +111,7 @@ def solve(given: Capture, model: nn.Module, s: Structure, facts: Facts, round_to
         bias = _values(s, facts, keep, model)
         made = _extract(given, s, facts, keep, model, bias)
         if not made.keep:
-            return made
+            return Plan(blocked=made.blocked)
         made.graphs = fallback.rewrites(made, keep)
         made.config = config_changes(model, made)
         failed = rehearse(given, model, made, s, keep, compare)

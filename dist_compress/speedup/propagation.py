@@ -9,7 +9,7 @@ import torch
 from dist_compress.speedup import sets
 from dist_compress.speedup.facts import Facts
 from dist_compress.speedup.rules import rule_of
-from dist_compress.tracing import Op, Trace
+from dist_compress.tracing import Op, Ref, Trace
 
 
 def propagate(
@@ -17,12 +17,13 @@ def propagate(
     masks: Mapping[str, torch.Tensor] | None = None,
     values: Callable[[], dict[int, torch.Tensor]] = dict,
     zeros: bool = False,
+    stays: Callable[[Ref, int], bool] = lambda ref, dim: False,
 ) -> Facts:
     """What depends on the inputs of a trace, and what its outputs can see. Local.
 
     Zeros are those of the trace's values, or with `masks` what follows from them without values; all as in `Facts`.
     """
-    facts = Facts(trace, masks, values, zeros)
+    facts = Facts(trace, masks, values, zeros, stays)
     for ref in trace.inputs:
         facts.taint(ref, sets.uniform(len(facts.shape(ref)), True))
     for op in trace.tape:

@@ -60,6 +60,8 @@ def restrict(element_set: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Elements of a @ b that see an element of both: [..., m, k], [..., k, n] -> [..., m, n], all compressed."""
+    if a.size(-1) == 1 or b.size(-2) == 1:  # uniform along what is summed over
+        return a.any(-1, keepdim=True) & b.any(-2, keepdim=True)
     if a.size(-2) == 1:
         return (a.mT & b).any(-2, keepdim=True)
     if b.size(-1) == 1:

@@ -122,6 +122,10 @@ class Structure:
         """No position of this variable can be removed."""
         self.pins.setdefault(self.find(var), reason(why, op))
 
+    def stays(self, ref: Ref, dim: int) -> bool:
+        """Whether a dim is pinned."""
+        return ref.id in self._dims and self.find(self._dims[ref.id][dim]) in self.pins
+
     def pin_all(self, ref: Ref, why: str, op: Op | None = None) -> None:
         for var in self.dims(ref):
             self.pin(var, why, op)
