@@ -18,7 +18,7 @@ from dist_compress.speedup.norms import norm_leaves
 from dist_compress.speedup.settings import Settings
 from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import ModuleCall, Op, Trace, trace
-from dist_compress.tracing.attribute_uses import Use, attribute_uses
+from dist_compress.tracing.attribute_uses import Use, attribute_uses, has_uses
 from dist_compress.tracing.unwrap import unwrapped
 
 
@@ -61,6 +61,8 @@ class Capture:
     @cached_property
     def uses(self) -> list[Use] | None:
         """What integers of the model's modules were the size of; None when the model does not run alike with them."""
+        if not has_uses(self.model):
+            return []
         try:
             again, uses = attribute_uses(self.model, lambda: self._trace(self.model))
         except Exception:  # code that takes nothing but plain ints

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from dist_compress.tracing.attribute_names import names_read
 from dist_compress.tracing.tape import Ref, Trace
 from dist_compress.tracing.trace import current_ref
 
@@ -46,6 +47,13 @@ class NamedInt(int):
         return int, (int(self),)  # a copied or pickled model that kept one holds no name
 
 
+def has_uses(model: nn.Module) -> bool:
+    """Whether the model's forward may read an integer attribute at all; if not, it has no uses."""
+    integers = list(_integers(model))
+    names = names_read(model) if integers else frozenset()
+    return names is None or any(name in names for _, _, name, _ in integers)
+
+
 def attribute_uses(model: nn.Module, run: Callable[[], Trace]) -> tuple[Trace, list[Use]]:
     """The tape of `run()`, which traces `model` once, and the uses of attributes in it; attributes are restored."""
     watch = _Watch()
@@ -57,18 +65,24 @@ def attribute_uses(model: nn.Module, run: Callable[[], Trace]) -> tuple[Trace, l
 def _named(model: nn.Module) -> Iterator[None]:
     replaced: list[tuple[dict[str, Any], str, int]] = []
     try:
-        for fqn, module in model.named_modules():
-            if type(module).__module__.startswith("torch.") or isinstance(module, torch.jit.ScriptModule):
-                continue
-            for name, value in list(vars(module).items()):
-                if type(value) is int and value > 1 and not name.startswith("_"):
-                    replaced.append((vars(module), name, value))
-                    vars(module)[name] = NamedInt(value, f"{fqn}.{name}".lstrip("."))
+        for fqn, module, name, value in list(_integers(model)):
+            replaced.append((vars(module), name, value))
+            vars(module)[name] = NamedInt(value, f"{fqn}.{name}".lstrip("."))
         yield
     finally:
         for attributes, name, value in replaced:
             if isinstance(attributes.get(name), NamedInt):
                 attributes[name] = value
+
+
+def _integers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, int]]:
+    """(fqn, user's module, attribute, value) that may be sizes."""
+    for fqn, module in model.named_modules():
+        if type(module).__module__.startswith("torch.") or isinstance(module, torch.jit.ScriptModule):
+            continue
+        for name, value in vars(module).items():
+            if type(value) is int and value > 1 and not name.startswith("_"):
+                yield fqn, module, name, value
 
 
 class _Watch(TorchFunctionMode):
