@@ -13,7 +13,6 @@ on the optimizer itself. The laws are those of a run: N ranks decide what one wo
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ from dist_compress.errors import UserError
 from dist_compress.method import Context, Method
 from dist_compress.projection import Projection
 from dist_compress.speedup import Plan, apply, apply_to_state
+from dist_compress.speedup.masking import duplicate
 from dist_compress.training import optim
 
 Recipe = str | Sequence[str] | Mapping[str, Any]
@@ -127,7 +127,7 @@ class Attached:
                 f"{self.last}. Train on, pass a smaller total_steps, or let pruning.schedule end earlier."
             )
         self.projection.project()
-        masked = copy.deepcopy(self.model)
+        masked = duplicate(self.model)
         before = sum(p.numel() for p in masked.parameters())
         plan: Plan = comm.on_rank0(lambda: speedup.plan(masked, *self.example))
         comm.check_equal("fingerprint of the plan", plan.fingerprint(), self.step_count)

@@ -9,7 +9,6 @@ one that had finished has a checkpoint of its last step, and only delivers again
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from dist_compress.projection import Projection
 from dist_compress.reporting.reporter import Reporter
 from dist_compress.speedup import Plan, apply, apply_to_state, verify
 from dist_compress.speedup.cost import resize_batch
+from dist_compress.speedup.masking import duplicate
 from dist_compress.target import Coupling
 from dist_compress.training import checkpoint, data, determinism, task
 from dist_compress.training.batchnorm import use_sync_batchnorm
@@ -200,7 +200,7 @@ class Job:
 
     def shrink(self) -> None:
         """Rank 0 plans, every rank slices its own copy; masked and shrunk must agree on inputs nobody has seen."""
-        masked = copy.deepcopy(self.model)  # projected: with the zeros in it
+        masked = duplicate(self.model)  # projected: with the zeros in it
         round_to = self.config.speedup.round_to
         plan: Plan = comm.on_rank0(
             lambda: speedup.plan(masked, *self.example, round_to=round_to, **self.settings())

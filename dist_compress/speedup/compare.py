@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from dist_compress.errors import UserError
 from dist_compress.speedup.first_difference import first_difference
 from dist_compress.speedup.fresh import Inputs, cast, run, variants
+from dist_compress.speedup.masking import duplicate
 from dist_compress.speedup.plan import Plan
 from dist_compress.speedup.verify import verify
 
@@ -70,7 +70,7 @@ def difference(masked: nn.Module, small: nn.Module, args: tuple[Any, ...], kwarg
 def _twins(masked: nn.Module, small: nn.Module, inputs: Inputs) -> tuple[torch.dtype | None, nn.Module, nn.Module]:
     """Copies of both in float64 if they run in it, else they themselves."""
     try:
-        one, other = copy.deepcopy(masked).double(), copy.deepcopy(small).double()
+        one, other = duplicate(masked).double(), duplicate(small).double()
         run(one, cast(inputs, torch.float64))
         run(other, cast(inputs, torch.float64))
     except Exception:  # code that makes tensors of a type of its own

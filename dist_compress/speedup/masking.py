@@ -56,3 +56,13 @@ def tensors_of(model: nn.Module) -> dict[int, torch.Tensor]:
     """
     plain = (value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor))
     return {id(t): t for t in (*model.parameters(), *model.buffers(), *plain)}
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """A deep copy that shares nothing; computed tensors that modules hold, which deepcopy refuses, are values. Local."""
+    return copy.deepcopy(model, _computed(model))
+
+
+def _computed(model: nn.Module) -> dict[int, torch.Tensor]:
+    held = (value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor))
+    return {id(t): t.detach().clone() for t in held if not t.is_leaf}

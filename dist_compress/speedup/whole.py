@@ -19,7 +19,7 @@ from dist_compress.speedup.apply import apply
 from dist_compress.speedup.capture import Capture, captured
 from dist_compress.speedup.compare import Verified, compare
 from dist_compress.speedup.cost import macs, num_params
-from dist_compress.speedup.masking import Masks, check_masks, masked
+from dist_compress.speedup.masking import Masks, check_masks, duplicate, masked
 from dist_compress.speedup.plan import Blocked, Plan
 from dist_compress.speedup.planning import plan
 
@@ -99,7 +99,7 @@ def speedup(
         made = plan(given, masks=masks, round_to=round_to)
     with timed(seconds, "apply"):
         reference = masked(given.model, check_masks(given.model, masks or {}))
-        small = apply(copy.deepcopy(reference), made)
+        small = apply(duplicate(reference), made)
     with timed(seconds, "verify"):
         allowed = math.inf if given.settings.norm == "plain" else tolerance
         found = compare(reference, small, made, (given.args, given.kwargs), allowed)

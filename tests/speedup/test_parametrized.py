@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from dist_compress import speedup
 from dist_compress.speedup import apply, verify
-from dist_compress.speedup.masking import tensors_of
+from dist_compress.speedup.masking import duplicate, tensors_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -50,7 +50,7 @@ def test_units_of_every_group_go(kind, dtype):
     for group in free:
         speedup.mask_units(model, group, torch.arange(group.num_units // 3))
     plan = speedup.plan(model, (x,))
-    small = apply(copy.deepcopy(model), plan)
+    small = apply(duplicate(model), plan)
     assert set(small.state_dict()) == set(model.state_dict())
     assert sum(p.numel() for p in small.parameters()) < 0.75 * sum(p.numel() for p in model.parameters())
     for batch in (2, 3):
@@ -107,3 +107,10 @@ def test_a_parametrization_without_a_rule_keeps_what_it_mixes():
     plan = speedup.plan(model, (x,))
     assert verify(model(x), apply(copy.deepcopy(model), plan)(x)) < 1e-6
     assert "0.parametrizations.weight.original" not in plan.keep
+
+
+def test_parametrized_layers_have_the_names_of_their_modules():
+    coupled = speedup.coupling(network("spectral_norm"), (X,))
+    assert [(g.name, bool(g.blocked)) for g in coupled.groups] == [("0", 0), ("2", 0), ("4", 0), ("7", 1)]
+    assert {m.module for g in coupled.groups for m in g.members} == {"0", "2", "4", "7"}
+    assert {layer.fqn for layer in coupled.layers} == {"0", "2", "4", "7"}
