@@ -11,6 +11,12 @@ from dataclasses import dataclass, field
 import torch
 
 
+def module_of(fqn: str) -> str:
+    """The fqn of the module that owns a parameter; for what a parametrization holds, of the layer that has it."""
+    owner = fqn.rpartition(".")[0]
+    return f".{owner}".partition(".parametrizations.")[0][1:]
+
+
 @dataclass(frozen=True)
 class Member:
     """The slices of one parameter that belong to each unit of a group.
@@ -29,7 +35,7 @@ class Member:
     @property
     def module(self) -> str:
         """The fqn of the module that owns the parameter."""
-        return self.fqn.rpartition(".")[0]
+        return module_of(self.fqn)
 
 
 @dataclass(frozen=True)

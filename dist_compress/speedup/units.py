@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from dist_compress.speedup.structure import Box, Link, Structure
-from dist_compress.target import Member, UnitGroup
+from dist_compress.target import Member, UnitGroup, module_of
 
 Group = tuple[UnitGroup, dict[int, torch.Tensor]]
 Role = tuple[str, int, int, str]  # param fqn, dim, variable, role
@@ -44,7 +44,7 @@ def groups_of(s: Structure, roles: Sequence[Role]) -> list[Group]:
                 Member(fqn, dim, unit_class.where[var], "producer" if role == "added" else role)
                 for _, (fqn, dim, var, role) in mine
             )
-            name, num_units = first[1].rpartition(".")[0], len(members[0].index)
+            name, num_units = module_of(first[1]), len(members[0].index)
             group = UnitGroup(name, num_units, members, unit_class.blocked)
             found.append((first[0], unit_class.first, group, unit_class.where))
     found.sort(key=lambda item: item[:2])
