@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dist_compress.errors import UserError
+from dist_compress.tracing import meta_kernels
 from dist_compress.tracing.blame import blame
 from dist_compress.tracing.constants import known
 from dist_compress.tracing.nest import opened
@@ -173,13 +174,18 @@ def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 @contextlib.contextmanager
 def _unfused() -> Iterator[None]:
-    """Recurrent layers as the matmuls of their steps, not as one fused call that hides what its weights do."""
-    onednn = torch._C._get_mkldnn_enabled()
+    """Recurrent layers as the matmuls of their steps, not as one fused call that hides what its weights do.
+
+    Without cuDNN, CUDA still fuses the gates of LSTM and GRU, which no rule knows: their hidden size stays there.
+    """
+    onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
     torch._C._set_mkldnn_enabled(False)
+    torch._C._set_cudnn_enabled(False)
     try:
         yield
     finally:
         torch._C._set_mkldnn_enabled(onednn)
+        torch._C._set_cudnn_enabled(cudnn)
 
 
 class _Recorder(TorchDispatchMode):
@@ -297,7 +303,7 @@ class _Recorder(TorchDispatchMode):
             value = known(self.trace, call_args[0])
             args = args if value is None else (value,)
         try:
-            result = func(*args, **kwargs)
+            result = meta_kernels.run(func, args, kwargs)
         except Exception:
             self.failed_op = self.failed_op or func._schema.name.split("::")[1]
             raise
