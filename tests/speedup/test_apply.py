@@ -217,3 +217,11 @@ def test_a_plan_that_fails_anywhere_changes_nothing(damage):
         apply(model, replace(plan, **damage))
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert model[0].out_channels == (8 if damage else 6)
+
+
+def test_a_plan_that_removes_nothing_changes_nothing():
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = 0, 0
+    plan = speedup.plan(model, (torch.randn(1, 4),))
+    assert plan == Plan(blocked=plan.blocked) and plan.blocked[0].count == 1
