@@ -3,6 +3,7 @@
 from dist_compress.speedup.apply import apply, apply_to_state
 from dist_compress.speedup.capture import Capture, capture
 from dist_compress.speedup.compare import difference
+from dist_compress.speedup.cost_table import GroupCost, cost_table
 from dist_compress.speedup.coupling import coupling, mask_units
 from dist_compress.speedup.custom import register_op, registered, unregister_op
 from dist_compress.speedup.explain import Ties, Why, explain, explain_group
@@ -21,6 +22,7 @@ __all__ = [
     "Bilinear",
     "Blocked",
     "Capture",
+    "GroupCost",
     "Movement",
     "PassThrough",
     "Plan",
@@ -35,6 +37,7 @@ __all__ = [
     "apply_to_state",
     "capture",
     "concrete_trace",
+    "cost_table",
     "coupling",
     "difference",
     "explain",

@@ -102,7 +102,7 @@ def _tried(given: Capture, groups: Groups, which: Iterable[int]) -> Groups:
             removed[i] = torch.randperm(group.num_units, generator=generator)[:count]
     if not removed:
         return groups
-    masks = _masks(given.model, [(groups[i][0], units) for i, units in removed.items()])
+    masks = masks_of(given.model, [(groups[i][0], units) for i, units in removed.items()])
     if _sizes_depend_on_values(given.trace):  # the masked model may run another program
         pruned = masked(given.model, masks)
         structure = given.structure_of(pruned)
@@ -140,7 +140,7 @@ def _sizes_depend_on_values(trace: Trace) -> bool:
     return False
 
 
-def _masks(model: nn.Module, chosen: list[tuple[UnitGroup, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def masks_of(model: nn.Module, chosen: list[tuple[UnitGroup, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """{parameter fqn: False at the slices of the units that are not only consumers}."""
     masks: dict[str, torch.Tensor] = {}
     for group, units in chosen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +47,47 @@ def masked(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
         known = shared[id(parameter)]  # a tied parameter may have a mask under each of its names
         value = known.detach() * mask.to(known.device)
         shared[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-    return copy.deepcopy(model, shared)
+    return copied(model, shared)
+
+
+def copied(model: nn.Module, tensors: Mapping[int, torch.Tensor]) -> nn.Module:
+    """`copy.deepcopy(model, tensors)` in a fraction of its time: what torch's layers hold need not be searched.
+
+    tensors: {id of each parameter and buffer: what the copy has in its place}.
+    """
+    memo: dict[int, Any] = dict(tensors)
+    for module in model.modules():
+        if type(module).__module__.startswith("torch.nn.modules.") and _is_flat(module):
+            memo[id(module)] = _twin(module, tensors)
+    return copy.deepcopy(model, memo)
+
+
+_STATE = frozenset(vars(nn.Module())) - {"training"}  # what every module has
+
+
+def _is_flat(module: nn.Module) -> bool:
+    """Whether it holds parameters, buffers and plain values alone: no submodule, no hook."""
+    for name, value in vars(module).items():
+        if name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            continue
+        if value if name in _STATE else not _is_plain(value):
+            return False
+    return True
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (int, float, str))
+
+
+def _twin(module: nn.Module, tensors: Mapping[int, torch.Tensor]) -> nn.Module:
+    twin = module.__new__(type(module))
+    own = {name: v.copy() if isinstance(v, (dict, list, set)) else v for name, v in vars(module).items()}
+    for kind in ("_parameters", "_buffers"):
+        own[kind] = {name: tensors.get(id(tensor), tensor) for name, tensor in own[kind].items()}
+    vars(twin).update(own)
+    return twin
 
 
 def tensors_of(model: nn.Module) -> dict[int, torch.Tensor]:
@@ -59,7 +100,7 @@ def tensors_of(model: nn.Module) -> dict[int, torch.Tensor]:
 
 
 def duplicate(model: nn.Module) -> nn.Module:
-    """A deep copy that shares nothing; computed tensors that modules hold, which deepcopy refuses, are values. Local."""
+    """A deep copy that shares nothing. Local. Computed tensors in modules, which deepcopy refuses, become values."""
     return copy.deepcopy(model, _computed(model))
 
 

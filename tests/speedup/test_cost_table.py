@@ -1,0 +1,33 @@
+"""Costs as functions of the units kept: counts against sizes written by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from dist_compress.errors import UserError
+from dist_compress.speedup import cost_table
+from dist_compress.speedup.cost_table import GroupCost, load, save
+
+
+def test_rows_follow_the_sizes(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    table = cost_table(model, (torch.randn(3, 6),), fractions=(0.25, 0.5), time_s=0.1)
+    assert [(row.name, row.num_units, row.kept) for row in table] == [("0", 8, [2, 4, 8]), ("2", 4, [1, 2, 4])]
+    first, second = table
+    assert first.params == [6 * k + k + 4 * k + 4 + 10 for k in (2, 4, 8)]
+    assert first.macs == [3 * (6 * k + 4 * k + 8) for k in (2, 4, 8)]
+    assert second.params == [56 + 8 * k + k + 2 * k + 2 for k in (1, 2, 4)]
+    assert first.activation_bytes == sorted(first.activation_bytes) and first.latency_ms == sorted(first.latency_ms)
+    assert first.at(3, "macs") == (first.macs[0] + first.macs[1]) / 2 and first.at(8, "params") == first.params[-1]
+    save(table, tmp_path / "costs.json")
+    assert load(tmp_path / "costs.json") == table
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_refused():
+    with pytest.raises(UserError, match="fractions"):
+        cost_table(nn.Linear(2, 2), (torch.randn(1, 2),), fractions=(1.5,))
+    row = GroupCost("a", 4, [2, 4], [1, 2], [1, 2], [1, 2], [1.0, 2.0])
+    with pytest.raises(UserError, match="cost='flops' is not in the table; allowed are macs, params"):
+        row.at(3, "flops")
