@@ -158,6 +158,8 @@ def _plan(
     with phase("apply"):
         small = apply(copy.deepcopy(masked), made)
     result: Row = {"removed": round(1 - _num_params(small) / _num_params(model), 4)}
+    if any(swap.settings.get("single") for swap in made.swaps.values()):  # norms that compute in float32 by themselves
+        result["precision"], tolerance = "float32", TOLERANCE[torch.float32]
     with phase("verify"):
         for key, batch in (("new", BATCH), ("batch", OTHER_BATCH)):
             given = inputs(batch)
@@ -181,7 +183,7 @@ def _judge(row: Row) -> None:
         raise Failure("nothing can go", "; ".join(f"{why} ({count})" for why, count in row["blocked"][:3]))
     for share, result in row["plans"].items():
         if not result["effect"] > _HOLLOW:
-            raise Failure("not exact", f"{share}: the output does not see the masks, so equality proves nothing")
+            raise Failure("shows nothing", f"{share}: the output does not see the masks")
     if _removed(row) < ENOUGH:
         raise Failure("removes too little", f"{_removed(row):.0%} of the parameters")
 

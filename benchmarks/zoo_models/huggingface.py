@@ -101,7 +101,8 @@ _VISION: dict[str, dict[str, Any]] = {
     "num_heads": [1, 2, 3]},
 }  # fmt: skip
 _WAVES: dict[str, dict[str, Any]] = {
-    "wav2vec2": _SPEECH, "hubert": _SPEECH, "wavlm": _SPEECH, "unispeech": _SPEECH, "data2vec_audio": _SPEECH,
+    "wav2vec2": _SPEECH, "hubert": _SPEECH, "wavlm": _SPEECH, "unispeech": _SPEECH,
+    "data2vec_audio": _SPEECH | {"num_conv_pos_embeddings": 2},
     "sew": _SPEECH | {"squeeze_factor": 2}, "wav2vec2_conformer": _SPEECH | {"conv_depthwise_kernel_size": 7},
 }  # fmt: skip
 

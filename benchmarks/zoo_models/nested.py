@@ -181,7 +181,7 @@ _MODELS: dict[str, Built] = {
     "vivit": (lambda: hf.VivitModel(hf.VivitConfig(**SIZES, image_size=IMAGE, num_frames=4, tubelet_size=[2, 8, 8])),
         video),
     "timesformer": (lambda: hf.TimesformerModel(hf.TimesformerConfig(**VISION, num_frames=4)), video),
-    "dpt": (lambda: hf.DPTForDepthEstimation(hf.DPTConfig(**VISION | {"num_hidden_layers": 4},
+    "dpt": (lambda: hf.DPTForSemanticSegmentation(hf.DPTConfig(**VISION | {"num_hidden_layers": 4},
         backbone_out_indices=[0, 1, 2, 3],
         neck_hidden_sizes=[16, 16, 24, 24], fusion_hidden_size=16, reassemble_factors=[4, 2, 1, 0.5])), image),
     "patchtst": (lambda: hf.PatchTSTModel(hf.PatchTSTConfig(**_TIME, num_input_channels=3, ffn_dim=64)), series),
