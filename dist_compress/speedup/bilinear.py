@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Callable, Iterable
 
@@ -9,7 +10,7 @@ import torch
 
 from dist_compress.speedup import sets
 from dist_compress.speedup.labelled import Dims, Labelled, Names, project
-from dist_compress.speedup.rule import Seen, rank
+from dist_compress.speedup.rule import Seen, rank, union
 from dist_compress.speedup.structure import Contraction, Structure
 from dist_compress.tracing import Op, Ref, Trace
 
@@ -191,3 +192,60 @@ class DeformableConvolution(Bilinear):
         if op.arg("bias") is not None:
             dims[op.arg("bias")] = ("o",)
         return Names(tuple(dims[ref] for ref in op.inputs), (("n", "o", None, None),))
+
+
+class Trilinear(Labelled):
+    """_trilinear, which nn.Bilinear is: a sum of products of three, x [n, a], w [o, a, b] and y [n, b]."""
+
+    why = "sums over it"
+
+    def names(self, op: Op, trace: Trace) -> Names:
+        num_dims = len(op.arg("expand1")) + len(trace.info(op.inputs[0]).shape)
+        letters = string.ascii_letters[:num_dims]
+        dims = [tuple(n for d, n in enumerate(letters) if d not in op.arg(f"expand{i}")) for i in (1, 2, 3)]
+        return Names(tuple(dims), (tuple(n for d, n in enumerate(letters) if d not in op.arg("sumdim")),))
+
+    def link(self, op: Op, s: Structure) -> None:
+        names = self.names(op, s.trace)
+        found, out = self.link_names(op, names, s), names.outputs[0]
+        for ref, dims in zip(op.inputs, names.inputs, strict=True):
+            for d, name in enumerate(dims):
+                s.role(ref, d, "producer" if name in out else "consumer")
+        macs = math.prod(s.sizes[var] for var in found.values())
+        weight = op.inputs[1]
+        for ref, own in ((op.inputs[0], names.inputs[0]), (op.inputs[2], names.inputs[2])):
+            summed = [(d, found[str(n)]) for d, n in enumerate(own) if n not in out and n in found]
+            for d, var in summed:  # costs are those of the first; constants on any are kept
+                factors = tuple(found.values())
+                s.contractions.append(Contraction(op, ref, weight, var, factors, len(out) - 1, None, d, "", macs))
+                macs = 0
+
+    def _see(self, found: list[torch.Tensor], dims: list[Dims], to: Dims) -> torch.Tensor:
+        """Elements of a tensor that see one of each set."""
+        known = [n for n in to if any(n in own for own in dims)]
+        text = ",".join("".join(map(str, own)) for own in dims)
+        seen = torch.einsum(f"{text}->{''.join(map(str, known))}", *(x.float() for x in found)) > 0.5
+        for d, n in enumerate(to):
+            if n not in known:
+                seen = seen.unsqueeze(d)
+        return seen
+
+    def nonzero(self, op: Op, f) -> list[torch.Tensor]:
+        names = self.names(op, f.trace)
+        return [self._see(list(map(f.nonzero, op.inputs)), list(names.inputs), names.outputs[0])]
+
+    def taint(self, op: Op, f) -> list[torch.Tensor]:
+        names = self.names(op, f.trace)
+        total = sets.uniform(len(names.outputs[0]), False)
+        for i in range(3):
+            found = [f.tainted(ref) if j == i else f.nonzero(ref) for j, ref in enumerate(op.inputs)]
+            total = total | self._see(found, list(names.inputs), names.outputs[0])
+        return [total]
+
+    def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
+        names = self.names(op, f.trace)
+        for i, ref in enumerate(op.inputs):
+            others = [j for j in range(3) if j != i]
+            found = [union(seen), *(f.nonzero(op.inputs[j]) for j in others)]
+            dims = [names.outputs[0], *(names.inputs[j] for j in others)]
+            yield ref, sets.fit(self._see(found, dims, names.inputs[i]), f.shape(ref))

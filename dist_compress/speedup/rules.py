@@ -64,6 +64,7 @@ _NAMES: dict[Rule, str] = {
     weight_norm.WeightNorm(): " ".join(weight_norm.NAMES),
     bilinear.Fixed(): " ".join(bilinear.Fixed.table),
     bilinear.GroupedMatmul(): "_grouped_mm",
+    bilinear.Trilinear(): "_trilinear",
     bilinear.DeformableConvolution(): "deform_conv2d",
     indexing.Gather(): "gather",
     indexing.Scatter(): "scatter scatter_add scatter_reduce",

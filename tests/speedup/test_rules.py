@@ -36,6 +36,10 @@ CASES = {
     "grouped": lambda: (Do(lambda m, x: F.conv2d(x, m.w, groups=3), w=sparse(9, 2, 3, 3)), X),
     "transposed": lambda: (Do(lambda m, x: F.conv_transpose2d(x, m.w, groups=2), w=sparse(6, 3, 2, 2)), X),
     "linear": lambda: (Do(lambda m, x: F.linear(x, m.w, m.b), w=sparse(9, 6), b=sparse(9)), (2, 5, 6)),
+    "bilinear": lambda: (
+        Do(lambda m, x: F.bilinear(x * m.g, x * m.h, m.w), g=sparse(6), h=sparse(6), w=sparse(5, 6, 6)),
+        (2, 6),
+    ),
     "flatten": lambda: (Do(lambda m, x: F.linear((x * m.g).flatten(1), m.w), g=sparse(6, 1, 1), w=sparse(5, 96)), X),
     "pool": lambda: (Do(lambda m, x: F.max_pool2d(x * m.g, 2).mean((2, 3)), g=sparse(6, 1, 1)), X),
     "pixel_shuffle": lambda: (Do(lambda m, x: F.pixel_shuffle((x * m.g)[:, :4], 2), g=sparse(6, 1, 1)), X),
