@@ -6,7 +6,6 @@ those whose own code does not run at the new sizes get new numbers. What cannot 
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from dist_compress.speedup.cost import resize_batch
 from dist_compress.speedup.graph_align import Aligned, Inputs, align, calls_of, program_of
 from dist_compress.speedup.graph_repair import Kepts, as_planned, repair, sliced_inputs
 from dist_compress.speedup.keep import Keep
-from dist_compress.speedup.masking import tensors_of
+from dist_compress.speedup.masking import copied, tensors_of
 from dist_compress.speedup.plan import GraphRewrite, Plan, encode
 from dist_compress.speedup.structure import Structure
 from dist_compress.speedup.verify import verify
@@ -133,7 +132,7 @@ class Fallback:
 
 def shrunk(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy with the plan applied; tensors that stay whole are not copied."""
-    return apply(copy.deepcopy(model, tensors_of(model)), plan)
+    return apply(copied(model, tensors_of(model)), plan)
 
 
 def _called(module: nn.Module, prefix: str) -> tuple[str, ...]:

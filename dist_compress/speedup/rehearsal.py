@@ -7,7 +7,6 @@ Where values are known, they have to agree as well.
 
 from __future__ import annotations
 
-import copy
 from itertools import repeat, zip_longest
 from typing import Any
 
@@ -21,7 +20,7 @@ from dist_compress.speedup.custom import is_leaf
 from dist_compress.speedup.dimwise import GroupNorm
 from dist_compress.speedup.elementwise import Restride
 from dist_compress.speedup.keep import Keep
-from dist_compress.speedup.masking import tensors_of
+from dist_compress.speedup.masking import copied, tensors_of
 from dist_compress.speedup.movement import Move, View
 from dist_compress.speedup.plan import Plan
 from dist_compress.speedup.rules import rule_of
@@ -43,7 +42,7 @@ def rehearse(given: Capture, model: nn.Module, plan: Plan, s: Structure, keep: K
     recorded = s.trace
     if not compare and not plan.graphs and _runs_without_values(given, model, plan, s, keep):
         return None
-    small = apply(copy.deepcopy(model, tensors_of(model)), plan)  # tensors that stay whole are not copied
+    small = apply(copied(model, tensors_of(model)), plan)  # tensors that stay whole are not copied
     try:
         again = trace(small, given.args, given.kwargs)
     except TraceError as error:  # the code to blame may have run before
@@ -74,7 +73,7 @@ def _runs_without_values(given: Capture, model: nn.Module, plan: Plan, s: Struct
     unreal = {id(t): t.detach().to("meta") for t in tensors}
     unreal |= {id(p): nn.Parameter(unreal[id(p)], p.requires_grad) for p in model.parameters()}
     try:
-        again = trace(apply(copy.deepcopy(model, unreal), plan), given.args, given.kwargs)
+        again = trace(apply(copied(model, unreal), plan), given.args, given.kwargs)
     except Exception:  # code that reads values, or mixes in tensors of its own
         return False
     return _first_difference(again, s, keep, _other_programs(plan, model, s.trace)) is None

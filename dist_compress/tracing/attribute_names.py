@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 _BY_TEXT = frozenset("getattr vars locals eval exec attrgetter __dict__ __getattribute__ __getattr__".split())
-_PLAIN = (int, float, complex, str, bytes, type, torch.Tensor, torch.dtype, torch.device, nn.Module)
+_PLAIN = (int, float, str, bytes, type, BuiltinFunctionType, torch.Tensor, torch.dtype, torch.device, nn.Module)
 
 
 def names_read(model: nn.Module) -> frozenset[str] | None:
@@ -33,7 +33,7 @@ def _is_known(value: Any) -> bool:
         return all(map(_is_known, value))
     if isinstance(value, dict):
         return all(map(_is_known, value.values()))
-    return value is None or isinstance(value, _PLAIN) or isinstance(value, BuiltinFunctionType) or any(_functions(value))
+    return value is None or isinstance(value, _PLAIN) or any(_functions(value))
 
 
 @functools.lru_cache(maxsize=64)
