@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dist_compress.speedup import sets
 from dist_compress.speedup.facts import Facts
-from dist_compress.speedup.modules.norm import normalise
+from dist_compress.speedup.modules.norm import TAILS, behind, normalise
 from dist_compress.speedup.rule import Rule, Seen, union
 from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import Op, Ref
@@ -48,7 +48,8 @@ def formula_of(module: nn.Module) -> Formula | None:
     parameters = [p for p in module._parameters.values() if p is not None]
     shape = getattr(module, "normalized_shape", ())
     sizes = {tuple(p.shape) for p in parameters} or {tuple(shape) if isinstance(shape, (tuple, list)) else ()}
-    lone = not (module._modules or module._buffers or module._forward_hooks or module._forward_pre_hooks)
+    lone = not (module._buffers or module._forward_hooks or module._forward_pre_hooks)
+    lone = lone and all(type(child) in TAILS for child in module.children())  # activations behind the norm
     lone = lone and len(inspect.signature(module.forward).parameters) == 1  # no gate or residual beside the input
     if not lone or len(parameters) > 2 or len(sizes) != 1 or "forward" in vars(module):
         return None
@@ -57,7 +58,7 @@ def formula_of(module: nn.Module) -> Formula | None:
         return None
     numbers = tuple((k, v) for k, v in sorted(vars(module).items()) if type(v) in _PLAIN and k != "training")
     names = tuple(name for name, p in module._parameters.items() if p is not None)
-    key = (type(module), names, size, numbers)
+    key = (type(module), names, size, numbers, *map(repr, module.children()))
     if key not in _recognised:
         _recognised[key] = _recognise(module, names, size[0])
     formula = _recognised[key]
@@ -88,7 +89,7 @@ def _recognise(module: nn.Module, names: tuple[str, ...], width: int) -> Formula
                 if one_plus and not names:
                     continue
                 formula = Formula(width, eps, axis, centred, one_plus, single)
-                expected = normalise(x, affine, **asdict(formula))
+                expected = behind(module, normalise(x, affine, **asdict(formula)))
                 if bool(((actual - expected).abs().max() < (1e-6 if single else 1e-12) * expected.abs().max()).all()):
                     return _with_layout(_with_casts(formula, module, names, affine, x), module, names, affine, x)
     return None
@@ -101,7 +102,8 @@ def _with_casts(formula: Formula, module: nn.Module, names: tuple[str, ...], aff
     if actual is None or not names:
         return formula
     late, first = (replace(formula, cast_first=flag) for flag in (False, True))
-    wrong = [(normalise(x.bfloat16(), half, **asdict(f)) - actual).double().abs().sum() for f in (late, first)]
+    results = [behind(module, normalise(x.bfloat16(), half, **asdict(f))) for f in (late, first)]
+    wrong = [(result - actual).double().abs().sum() for result in results]
     return first if bool(wrong[1] < wrong[0]) else late
 
 

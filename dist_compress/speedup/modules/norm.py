@@ -9,6 +9,15 @@ import torch
 from torch import Tensor, nn
 
 _HALF = (torch.float16, torch.bfloat16)
+# What a norm module may apply to its result, one after the other: pointwise, and zero of zero.
+TAILS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
+
+
+def behind(module: nn.Module, y: Tensor) -> Tensor:
+    """`y` after the children of a norm module, which may work in place: nobody else holds it."""
+    for child in module.children():
+        y = child(y)
+    return y
 
 
 def normalise(
@@ -68,7 +77,8 @@ class ExactNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., kept], or [B, kept, ...] for norms over dim 1; the same shape."""
         affine = tuple(p for p in self._parameters.values() if p is not None)
-        return normalise(x, affine, **{name: value for name, value in self.formula.items() if name != "kept"})
+        formula = {name: value for name, value in self.formula.items() if name != "kept"}
+        return behind(self, normalise(x, affine, **formula))
 
     def extra_repr(self) -> str:
         return f"{self.formula['kept']} of {self.formula['width']}, eps={self.formula['eps']}"
