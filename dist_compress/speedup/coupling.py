@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from dist_compress.speedup.capture import Capture, captured
-from dist_compress.speedup.masking import masked
+from dist_compress.speedup.masking import Masks, masked
 from dist_compress.speedup.origin import behind, makers
+from dist_compress.speedup.plan import Plan
 from dist_compress.speedup.planning import solve
 from dist_compress.speedup.propagation import propagate
 from dist_compress.speedup.structure import Structure
@@ -27,6 +28,7 @@ from dist_compress.tracing import ModuleCall, Ref, Trace
 Groups = list[tuple[UnitGroup, dict[int, torch.Tensor]]]
 
 _NOT_ZERO = ("merges or splits dims", "is not zero after")  # reasons that masking more may take away
+_HOLDS_SIZE = "holds this size"  # or read it from values
 
 
 def coupling(
@@ -103,14 +105,12 @@ def _tried(given: Capture, groups: Groups, which: Iterable[int]) -> Groups:
     if not removed:
         return groups
     masks = masks_of(given.model, [(groups[i][0], units) for i, units in removed.items()])
-    if _sizes_depend_on_values(given.trace):  # the masked model may run another program
+    made = None if _sizes_depend_on_values(given.trace) else _planned(given, masks)
+    if made is None or any(_HOLDS_SIZE in b.reason for b in made.blocked):
         pruned = masked(given.model, masks)
         structure = given.structure_of(pruned)
-        made = solve(given, pruned, structure, propagate(structure.trace))
-    else:
-        s = given.structure
-        facts = propagate(given.trace, masks, lambda: given.values_of(masked(given.model, masks)), stays=s.stays)
-        made = solve(given, given.model, s, facts)
+        if made is None or _sizes(structure.trace) != _sizes(given.trace):  # python read the sizes from values
+            made = solve(given, pruned, structure, propagate(structure.trace))
     checked = list(groups)
     for i, units in removed.items():
         group, where = groups[i]
@@ -120,6 +120,18 @@ def _tried(given: Capture, groups: Groups, which: Iterable[int]) -> Groups:
             text = why[0] if why else f"{failed.fqn} keeps them along dim {failed.dim}"
             checked[i] = (replace(group, blocked=text), where)
     return checked
+
+
+def _planned(given: Capture, masks: Masks) -> Plan:
+    """The plan for masks, without a run of the masked model where that is not needed."""
+    s = given.structure
+    facts = propagate(given.trace, masks, lambda: given.values_of(masked(given.model, masks)), stays=s.stays)
+    return solve(given, given.model, s, facts)
+
+
+def _sizes(trace: Trace) -> list[tuple[int, ...]]:
+    """What the ops of a run made, by shape: another run that differs has run another program."""
+    return [trace.info(ref).shape for op in trace.tape for ref in op.outputs if ref is not None]
 
 
 def _step(given: Capture, var: int, positions: torch.Tensor) -> int:

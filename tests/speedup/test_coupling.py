@@ -159,3 +159,26 @@ def test_query_heads_that_share_a_value_head_are_masked_at_their_reader():
     speedup.mask_units(model, group, torch.tensor([1]))
     small = speedup.apply(copy.deepcopy(model), speedup.plan(model, (x,)))
     assert small.q.out_features == 8 and speedup.verify(model(x), small(x)) < 1e-5
+
+
+class SplitByRouting(nn.Module):
+    """Python reads from values how many rows each of two experts gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.router = nn.Linear(4, 16), nn.Linear(16, 2)
+        self.experts = nn.ModuleList([nn.Linear(16, 10), nn.Linear(16, 10)])
+        self.last = nn.Linear(10, 2)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        choice = self.router(x).argmax(-1)
+        counts = (choice[:, None] == torch.arange(2)).sum(0).tolist()
+        parts = x[choice.argsort()].split(counts)
+        return self.last(torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)]).relu())
+
+
+def test_another_routing_of_the_masked_model_blocks_nothing():
+    torch.manual_seed(1)
+    groups = by_name(speedup.coupling(SplitByRouting(), (torch.randn(64, 4),)))
+    assert not groups["first"].blocked and not groups["experts.0"].blocked
