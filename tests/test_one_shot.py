@@ -98,3 +98,20 @@ def test_what_cannot_be_done_is_refused(net, changed, message):
     with pytest.raises(UserError, match=message):
         dist_compress.prune(net, X, {}, **given)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+class Tokens(nn.Module):
+    """A table of positions that belongs to the model itself, added to what a layer makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.positions = nn.Parameter(torch.randn(1, 5, 8))
+
+    def forward(self, x):
+        return self.head((self.embed(x) + self.positions).relu().mean(1))
+
+
+def test_parameters_that_no_entry_can_name_follow():
+    small, report = prune(Tokens(), (torch.randn(2, 5, 4),), config_list=[{"op_names": ["embed"], "sparse_ratio": 0.5}])
+    assert small.positions.shape == (1, 5, 4) and small.embed.out_features == 4 and report.difference < 1e-12

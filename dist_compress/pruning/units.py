@@ -241,7 +241,9 @@ def _gates(group: UnitGroup) -> tuple[Member, ...]:
 
 def _follows(model: nn.Module, group: UnitGroup, role: str, name: str, targeted: set[str]) -> bool:
     """Whether a parameter goes with the units, one by one: that of a depthwise convolution, a vector that is added to
-    them or the bias of a target."""
+    them, the bias of a target, or one of the model itself (a table of positions), which no entry can name."""
+    if "." not in name:
+        return True
     if model.get_parameter(name).dim() == 1 and name.rpartition(".")[0] in targeted:
         return True
     module: Any = model.get_submodule(name.rpartition(".")[0])
