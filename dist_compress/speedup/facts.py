@@ -104,7 +104,7 @@ class Facts:
             value = constant(self.trace, ref)
             total = total if value is None else _nonzero_elements(value)
         elif self.zeros and info.kind in ("param", "buffer") and not self.trace.values[ref.id].is_meta:
-            total = total & _nonzero_elements(self.trace.values[ref.id])
+            total = total & _nonzero_slices(self.trace.values[ref.id])
         return total
 
     def _find_weightless(self) -> set[int]:
@@ -131,6 +131,14 @@ class Facts:
     def constants(self, ref: Ref) -> torch.Tensor:
         """Elements that may be a constant other than zero."""
         return self.nonzero(ref) & ~self.tainted(ref)
+
+
+def _nonzero_slices(value: torch.Tensor) -> torch.Tensor:
+    """As `_nonzero_elements`; all where the zeros are far too few to empty a slice: random weights have some."""
+    zeros = value.numel() - int(value.count_nonzero())
+    if value.dim() and 100 * zeros < value.numel() // max(value.shape):
+        return sets.uniform(value.dim(), True)
+    return _nonzero_elements(value)
 
 
 def _nonzero_elements(value: torch.Tensor) -> torch.Tensor:

@@ -118,9 +118,10 @@ class Keep:
         """What is alive on the tensors that depend on the input."""
         s = self.structure
         makers = {ref.id: op for op in s.trace.tape for ref in op.outputs if ref is not None}
+        full: set[int] = set()
         for key in s.known():
             ref = Ref(key)
-            if not facts.dependent(ref):
+            if not facts.dependent(ref) or full.issuperset(s.dims(ref)):
                 continue
             alive = facts.alive(ref)
             op = makers.get(key)
@@ -128,8 +129,14 @@ class Keep:
             if not bool(alive.any()):
                 continue
             for d, var in enumerate(s.dims(ref)):
-                vector = sets.any_over(alive, [o for o in range(alive.dim()) if o != d]).reshape(-1)
-                self.grow(var, vector.expand(s.sizes[var]), f"is not zero after {where}")
+                if var in full:
+                    continue
+                if alive.size(d) == 1:
+                    full.add(var)
+                    vector = torch.ones(s.sizes[var], dtype=torch.bool)
+                else:
+                    vector = sets.any_over(alive, [o for o in range(alive.dim()) if o != d]).reshape(-1)
+                self.grow(var, vector, f"is not zero after {where}")
 
         for ref, d in s.zeros_only:
             some = facts.nonzero(ref) & facts.observed(ref) if facts.dependent(ref) else facts.nonzero(ref)

@@ -7,7 +7,9 @@ follows it in a model built from the changed config is as in the shrunk one. Whe
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
@@ -31,8 +33,7 @@ def config_changes(model: nn.Module, plan: Plan) -> dict[str, int]:
     whole = _shapes(model)
     if any(swap.name != "narrow_norm" for swap in plan.swaps.values()) or not set(plan.bias) <= set(whole):
         return {}
-    built = _build(model, config, {})
-    if built is None or _shapes(built) != whole:
+    if _built_shapes(_Built(type(model), config, ())) != whole:
         return {}
     target = dict(whole)
     for fqn, dims in plan.keep.items():
@@ -42,7 +43,7 @@ def config_changes(model: nn.Module, plan: Plan) -> dict[str, int]:
         # a number of heads goes before a size of heads
         for fields in combinations(sorted(wanted, key=lambda f: "head" not in f or "dim" in f), count):
             changes = {field: wanted[field] for field in fields}
-            built = _build(model, config, changes)
+            built = _build(type(model), config, changes)
             if built is not None and _follows(_shapes(built), whole, target) and _holds(built, model, plan.attrs):
                 return changes
     return {}
@@ -75,9 +76,8 @@ def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
 
 def _value(model: nn.Module, config: Any, field: str, old: int, whole: Shapes, target: Shapes) -> int | None:
     """What the field must be for the shapes that follow it, None when they do not agree or do not change."""
-    doubled = _build(model, config, {field: 2 * old})
-    shapes = _shapes(doubled) if doubled is not None else {}
-    if set(shapes) != set(whole):
+    shapes = _built_shapes(_Built(type(model), config, ((field, 2 * old),)))
+    if shapes is None or set(shapes) != set(whole):
         return None
     values = set()
     for fqn, shape in whole.items():
@@ -88,14 +88,35 @@ def _value(model: nn.Module, config: Any, field: str, old: int, whole: Shapes, t
     return int(new) if new is not None and new == int(new) and 0 < new < old else None
 
 
-def _build(model: nn.Module, config: Any, changes: Mapping[str, int]) -> nn.Module | None:
+class _Built:
+    """A model to build; equal for one class and equal configs."""
+
+    def __init__(self, kind: type[nn.Module], config: Any, changes: tuple[tuple[str, int], ...]):
+        self.kind, self.config, self.changes = kind, config, changes
+        self._key = (kind, json.dumps(config.to_dict(), sort_keys=True, default=repr), changes)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Built) and self._key == other._key
+
+
+@lru_cache(maxsize=128)
+def _built_shapes(wanted: _Built) -> Shapes | None:
+    """The shapes of a model that is built once for the coupling and all plans; None when it cannot be."""
+    built = _build(wanted.kind, wanted.config, dict(wanted.changes))
+    return None if built is None else _shapes(built)
+
+
+def _build(kind: type[nn.Module], config: Any, changes: Mapping[str, int]) -> nn.Module | None:
     """A model of the class on the meta device, None when it refuses the config."""
     changed = copy.deepcopy(config)
     try:
         for field, value in changes.items():
             set_field(changed, field, value)
         with torch.device("meta"):
-            return type(model)(type(config).from_dict(changed.to_dict()))
+            return kind(type(config).from_dict(changed.to_dict()))
     except Exception:  # values that do not go together, or a class that is built otherwise
         return None
 
