@@ -113,5 +113,6 @@ class Tokens(nn.Module):
 
 
 def test_parameters_that_no_entry_can_name_follow():
-    small, report = prune(Tokens(), (torch.randn(2, 5, 4),), config_list=[{"op_names": ["embed"], "sparse_ratio": 0.5}])
+    entries = [{"op_names": ["embed"], "sparse_ratio": 0.5}]
+    small, report = dist_compress.prune(Tokens(), (torch.randn(2, 5, 4),), config_list=entries)
     assert small.positions.shape == (1, 5, 4) and small.embed.out_features == 4 and report.difference < 1e-12
