@@ -18,6 +18,8 @@ from dist_compress.speedup.plan import Plan
 from dist_compress.speedup.resize import apply_rules, check_rules
 from dist_compress.tracing.unwrap import unwrapped
 
+Modules = Mapping[str, nn.Module]  # by all their names
+
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """Shrink `model` in place and return it. Local, the same on every rank.
@@ -27,13 +29,14 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     before; the model is then as it was. Of what torch.compile or DDP wrapped, the module inside is returned.
     """
     model = unwrapped(model)
-    owners = {fqn: _owner(model, fqn) for fqn in plan.keep}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners = {fqn: _owner(modules, fqn) for fqn in plan.keep}
     old = {fqn: _tensor(fqn, *owners[fqn]) for fqn in plan.keep}
     for fqn, tensor in old.items():
         _check_shape(fqn, tensor, plan)
-    biases = {fqn: _bias(model, fqn, value, plan) for fqn, value in plan.bias.items()}
-    numbers = [(*_owner(model, fqn), value) for fqn, value in plan.attrs.items()]
-    swaps = [(_module(model, fqn), swap) for fqn, swap in plan.swaps.items()]
+    biases = {fqn: _bias(modules, fqn, value, plan) for fqn, value in plan.bias.items()}
+    numbers = [(*_owner(modules, fqn), value) for fqn, value in plan.attrs.items()]
+    swaps = [(_module(modules, fqn), swap) for fqn, swap in plan.swaps.items()]
     for _, swap in swaps:
         replacement_of(swap)
     check_rules(model, plan, _slice)
@@ -47,7 +50,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     for fqn, (owner, name) in owners.items():
         setattr(owner, name, new[id(old[fqn])])
     for fqn, bias in biases.items():
-        owner, name = _owner(model, fqn)
+        owner, name = _owner(modules, fqn)
         setattr(owner, name, bias)
     for owner, name, value in numbers:
         setattr(owner, name, value)
@@ -74,19 +77,18 @@ def apply_to_state(plan: Plan, state: Mapping[str, torch.Tensor]) -> dict[str, t
     return result
 
 
-def _owner(model: nn.Module, fqn: str) -> tuple[nn.Module, str]:
+def _owner(modules: Modules, fqn: str) -> tuple[nn.Module, str]:
     path, _, name = fqn.rpartition(".")
-    owner = _module(model, path)
+    owner = _module(modules, path)
     if not hasattr(owner, name):
         raise _mismatch(fqn, "does not exist here")
     return owner, name
 
 
-def _module(model: nn.Module, fqn: str) -> nn.Module:
-    try:
-        return model.get_submodule(fqn)
-    except AttributeError:
-        raise _mismatch(fqn, "does not exist here") from None
+def _module(modules: Modules, fqn: str) -> nn.Module:
+    if fqn not in modules:
+        raise _mismatch(fqn, "does not exist here")
+    return modules[fqn]
 
 
 def _tensor(fqn: str, owner: nn.Module, name: str) -> torch.Tensor:
@@ -129,9 +131,9 @@ def _slice(tensor: torch.Tensor, dims: Mapping[int, torch.Tensor]) -> torch.Tens
     return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
 
 
-def _bias(model: nn.Module, fqn: str, value: torch.Tensor, plan: Plan) -> nn.Parameter:
+def _bias(modules: Modules, fqn: str, value: torch.Tensor, plan: Plan) -> nn.Parameter:
     """The new parameter that holds the folded value."""
-    owner, name = _owner(model, fqn)
+    owner, name = _owner(modules, fqn)
     old = getattr(owner, name)
     if old is not None:
         kept = plan.keep.get(fqn, {})

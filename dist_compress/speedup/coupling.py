@@ -111,10 +111,10 @@ def _tried(given: Capture, groups: Groups, which: Iterable[int]) -> Groups:
         structure = given.structure_of(pruned)
         if made is None or _sizes(structure.trace) != _sizes(given.trace):  # python read the sizes from values
             made = solve(given, pruned, structure, propagate(structure.trace))
-    checked = list(groups)
+    checked, kept = list(groups), _kept(made)
     for i, units in removed.items():
         group, where = groups[i]
-        failed = next((m for m in group.members if not _gone(m, units, made.keep)), None)
+        failed = next((m for m in group.members if not _gone(m, units, kept)), None)
         if failed is not None:
             why = [b.reason for b in made.blocked if b.fqn == failed.fqn and b.dim == failed.dim]
             text = why[0] if why else f"{failed.fqn} keeps them along dim {failed.dim}"
@@ -155,10 +155,11 @@ def _sizes_depend_on_values(trace: Trace) -> bool:
 def masks_of(model: nn.Module, chosen: list[tuple[UnitGroup, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """{parameter fqn: False at the slices of the units that are not only consumers}."""
     masks: dict[str, torch.Tensor] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for group, units in chosen:
         for member in group.members:
             if member.role != "consumer":
-                shape = model.get_parameter(member.fqn).shape
+                shape = parameters[member.fqn].shape
                 vector = torch.ones(shape[member.dim], dtype=torch.bool)
                 vector[member.index[units].flatten()] = False
                 vector = vector.view([-1 if d == member.dim else 1 for d in range(len(shape))])
@@ -175,9 +176,18 @@ def mask_units(model: nn.Module, group: UnitGroup, units: torch.Tensor) -> None:
                 parameter.index_fill_(member.dim, member.index[units].flatten().to(parameter.device), 0.0)
 
 
-def _gone(member: Member, units: torch.Tensor, keep: dict[str, dict[int, torch.Tensor]]) -> bool:
-    kept = keep.get(member.fqn, {}).get(member.dim)
-    return kept is not None and not bool(torch.isin(member.index[units], kept).any())
+def _kept(made: Plan) -> dict[tuple[str, int], torch.Tensor]:
+    """{(parameter fqn, dim that shrinks): bool, whether a position is kept}."""
+    return {
+        (fqn, dim): torch.zeros(made.shapes[fqn][dim], dtype=torch.bool).index_fill_(0, index, True)
+        for fqn, dims in made.keep.items()
+        for dim, index in dims.items()
+    }
+
+
+def _gone(member: Member, units: torch.Tensor, kept: dict[tuple[str, int], torch.Tensor]) -> bool:
+    positions = kept.get((member.fqn, member.dim))
+    return positions is not None and not bool(positions[member.index[units]].any())
 
 
 def _costs(s: Structure, groups: list[tuple[UnitGroup, dict[int, torch.Tensor]]]) -> list[LayerCost]:

@@ -36,6 +36,8 @@ class Settings:
 
     def kept_parameters(self, model: nn.Module) -> dict[str, str]:
         """{fqn of a parameter or buffer that `keep` names, itself or a module around it: the pattern}."""
+        if not self.keep:
+            return {}
         tensors = [fqn for fqn, _ in model.named_parameters(remove_duplicate=False)]
         tensors += [fqn for fqn, _ in model.named_buffers(remove_duplicate=False)]
         found = {fqn: pattern for pattern in self.keep for fqn in tensors if fnmatchcase(fqn, pattern)}
@@ -47,6 +49,8 @@ class Settings:
 
     def barrier_modules(self, model: nn.Module) -> dict[str, str]:
         """{fqn of a module that `barrier` names, itself or a module around it: the pattern}."""
+        if not self.barrier:
+            return {}
         found = _inside(model, self.barrier)
         for pattern in self.barrier:
             if not any(fnmatchcase(name, pattern) for name in _names(model)):

@@ -217,8 +217,9 @@ class _Units:
     def _positions(self, var: int, units: list[int], label: torch.Tensor) -> torch.Tensor:
         own = label[self.start[var] : self.start[var] + self.structure.sizes[var]]
         order = torch.argsort(own, stable=True)
-        wanted = torch.isin(own[order], torch.tensor(units))
-        return order[wanted].view(len(units), -1)
+        wanted = torch.zeros(self.total, dtype=torch.bool)
+        wanted[units] = True
+        return order[wanted[own[order]]].view(len(units), -1)
 
     def _pin_reasons(self, label: torch.Tensor) -> dict[int, str]:
         """Why the units of a pinned component stay."""

@@ -124,7 +124,7 @@ class Op:
     outputs: tuple[Ref | None, ...]  # None where the op returned no tensor
     module: str  # fqn of the innermost module that ran it, "" for the model itself
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """The ATen name without overload and without the in-place underscore: add_.Tensor is "add"."""
         if isinstance(self.target, ModuleCall | Overlay):
