@@ -83,7 +83,8 @@ def _is_plain(value: Any) -> bool:
 
 def _twin(module: nn.Module, tensors: Mapping[int, torch.Tensor]) -> nn.Module:
     twin = module.__new__(type(module))
-    own = {name: v.copy() if isinstance(v, (dict, list, set)) else v for name, v in vars(module).items()}
+    own: dict[str, Any] = vars(module).copy()
+    own.update({name: v.copy() for name, v in own.items() if isinstance(v, (dict, list, set))})
     for kind in ("_parameters", "_buffers"):
         own[kind] = {name: tensors.get(id(tensor), tensor) for name, tensor in own[kind].items()}
     vars(twin).update(own)

@@ -121,6 +121,7 @@ class _Units:
         starts = (sizes.cumsum(0) - sizes).tolist()
         self.start = dict(zip(self.roots, starts, strict=True))
         self.total = int(sizes.sum())
+        self.owner = torch.arange(len(roots)).repeat_interleave(sizes)  # the place in `roots` of each node
         self.pinned = {v: why for v, why in pins.items() if v in self.start}
         self.known = torch.arange(self.total)  # labels, without those edges:
         self.edges = [(self.start[k.a] + k.index_a, self.start[k.b] + k.index_b) for k in links]
@@ -141,8 +142,9 @@ class _Units:
         held = torch.zeros(self.total, dtype=torch.bool)
         for var in self.pinned:
             held[label[self.start[var] : self.start[var] + s.sizes[var]]] = True
-        held = held[label]
-        return {v for v in self.roots if bool(held[self.start[v] : self.start[v] + s.sizes[v]].all())}
+        free = torch.zeros(len(self.roots), dtype=torch.bool)
+        free[self.owner[~held[label]]] = True
+        return {v for v, is_free in zip(self.roots, free.tolist(), strict=True) if not is_free}
 
     def _resolve_boxes(self, boxes: list[Box]) -> None:
         """Boxes with one free dim on each side tie its positions; a side that is pinned pins the other.
