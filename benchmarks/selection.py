@@ -2,9 +2,9 @@
 
     python benchmarks/selection.py [--sizes 1e6,1e7,1e8] [--ranks 2,4]
 
-Every rank holds its share of the same n scores (normal, from one seed). Wall seconds of the slowest rank, the smaller of
-two runs; bytes that one rank hands to collectives; `exact`: exactly n / 2 elements were chosen, and the same
-ones as by a sort on one process (compared by the sum of hashes of their numbers). Prints a Markdown table.
+Every rank holds its share of the same n scores (normal, from one seed). Wall seconds of the slowest rank, the smaller
+of two runs; bytes that one rank hands to collectives; `exact`: exactly n / 2 elements were chosen, and the same ones
+as by a sort on one process (compared by the sum of hashes of their numbers). Prints a Markdown table.
 
 radix      dist_compress.pruning.select
 bisection  on the bit pattern of the threshold, a count and an all-reduce a step

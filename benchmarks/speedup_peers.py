@@ -279,6 +279,7 @@ def main() -> None:
     found = [d.version for d in importlib.metadata.distributions(name="torch-pruning")]
     versions |= {"torch-pruning": found[0] if found else "unknown", "python": platform.python_version()}
     command = "python benchmarks/speedup_peers.py --site tp_site"
+    command += f" --limit {arguments.limit} --repeats {arguments.repeats}"
     content = {"command": command, "versions": versions, "limit": arguments.limit, "results": results}
     (HERE / "speedup_peers.json").write_text(json.dumps(content, indent=1) + "\n")
     about = ", ".join(f"{name} {version}" for name, version in versions.items())
