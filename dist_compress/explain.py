@@ -33,7 +33,7 @@ def main(words: Sequence[str] | None = None) -> None:
     about = "What of a model can shrink, and what keeps the rest."
     parser = argparse.ArgumentParser("python -m dist_compress.explain", description=about)
     parser.add_argument("model", help="a name of torchvision or timm, or package.module.callable")
-    parser.add_argument("--input", default="1,3,64,64", help="shape of the input, the batch first (1,3,64,64)")
+    parser.add_argument("--input", help="shape of the input, the batch first (timm: the model's own; else 1,3,64,64)")
     parser.add_argument("--dtype", default="float32", help="of the input; integers are zeros (float32)")
     parser.add_argument("--norm", default="keep", help="keep, exact or plain (keep)")
     parser.add_argument("--svg", help="file to draw the groups to")
@@ -45,10 +45,13 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def explain_model(name: str, shape: str, dtype: str = "float32", norm: str = "keep", svg: str | None = None) -> None:
+def explain_model(
+    name: str, shape: str | None, dtype: str = "float32", norm: str = "keep", svg: str | None = None
+) -> None:
     """Print the groups of a model by name, and draw them to the file `svg`. Raises UserError."""
     model = build(name).eval()
-    looked = capture(model, (_input(shape, dtype),), norm=norm)
+    sizes = getattr(model, "default_cfg", {}).get("input_size", (3, 64, 64))  # what timm knows of its models
+    looked = capture(model, (_input(shape or ",".join(map(str, (1, *sizes))), dtype),), norm=norm)
     found = coupling(looked)
     Console().print(table(model, found, Ties(looked)))
     if svg is not None:
