@@ -23,7 +23,7 @@ LAYERS = [
     ["pruning", "quantization", "distillation", "speedup", "backends", "models"],
     ["method"],
     ["projection", "statistic", "tracing"],
-    ["fingerprint", "target", "comm"],
+    ["fingerprint", "target", "selection", "blocks", "comm"],
     ["duration", "hashing"],
     ["config"],
     ["errors"],

@@ -24,12 +24,12 @@ import pytest
 import torch
 import yaml
 
-from dist_compress import compose, config, pruning
+from dist_compress import compose, config, pruning, selection
+from dist_compress.blocks import NAMES
 from dist_compress.errors import UserError
 from dist_compress.method import Context
 from dist_compress.projection import Projection
-from dist_compress.pruning import entry, selection, setting
-from dist_compress.pruning.blocks import NAMES
+from dist_compress.pruning import entry, setting
 from dist_compress.target import Coupling
 from dist_compress.training import checkpoint
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from dist_compress.blocks import Blocks, channel_dim
 from dist_compress.errors import UserError
-from dist_compress.pruning.blocks import Blocks, channel_dim
 from dist_compress.pruning.mask import owners
 from dist_compress.pruning.setting import Setting
 

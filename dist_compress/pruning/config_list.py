@@ -11,16 +11,16 @@ from typing import Any
 
 from torch import nn
 
+from dist_compress.blocks import OUT_DIM_1, Blocks, channel_dim
 from dist_compress.config import PruningConfig
 from dist_compress.errors import UserError
 from dist_compress.pruning import entry as entries
-from dist_compress.pruning.blocks import OUT_DIM_1, Blocks, channel_dim
 from dist_compress.pruning.checks import check_global_groups, check_whole
 from dist_compress.pruning.defaults import Defaults
 from dist_compress.pruning.entry import Entry
 from dist_compress.pruning.metric import metric_class
-from dist_compress.pruning.selection import Modules
 from dist_compress.pruning.setting import DEFAULTS, ROOT, Align, Setting, shown
+from dist_compress.selection import Modules
 
 HOW_MUCH = ("sparse_ratio", "sparse_threshold", "align")  # a later one takes the place of an earlier one
 Merged = dict[tuple[str, str], Setting]

@@ -18,7 +18,7 @@ from torch import nn
 from dist_compress.config import PruningConfig
 from dist_compress.errors import UserError
 from dist_compress.pruning.entry import by_target
-from dist_compress.pruning.selection import Modules
+from dist_compress.selection import Modules
 
 Asked = list[tuple[dict[str, Any], str]]  # values and where they stand
 _REGISTERED: dict[str, dict[str, Asked]] = {}

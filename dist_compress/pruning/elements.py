@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from dist_compress import comm
+from dist_compress.blocks import Blocks
 from dist_compress.errors import UserError
-from dist_compress.pruning.blocks import Blocks
 from dist_compress.pruning.mask import gather_bits, offsets, owned_slice, owners
 from dist_compress.pruning.metric import Metric
 from dist_compress.pruning.select import Group, Shard, score_key, select, tie_key

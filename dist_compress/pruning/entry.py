@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from dist_compress import blocks
 from dist_compress.errors import UserError
-from dist_compress.pruning import blocks
-from dist_compress.pruning.selection import EXCLUDES, SELECTORS
 from dist_compress.pruning.setting import VALUES, Align
+from dist_compress.selection import EXCLUDES, SELECTORS
 
 TARGETS = ("target_names", "target_settings")
 # Null in an entry takes these keys back; for the ids and for `method` it is a value, or none at all.

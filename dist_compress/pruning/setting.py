@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from dist_compress.blocks import Granularity, is_pattern
 from dist_compress.errors import UserError
-from dist_compress.pruning.blocks import Granularity, is_pattern
 
 ROOT = "pruning.config_list"
 

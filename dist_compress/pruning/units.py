@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_compress.blocks import channel_dim
 from dist_compress.errors import UserError
-from dist_compress.pruning.blocks import channel_dim
 from dist_compress.pruning.setting import Setting, check_agree
 from dist_compress.target import Coupling, Member, UnitGroup
 

@@ -8,8 +8,8 @@ from pruning_nets import Net, attach, config, train
 from torch import nn
 
 from dist_compress import comm
+from dist_compress.blocks import Blocks
 from dist_compress.errors import UserError
-from dist_compress.pruning.blocks import Blocks
 from dist_compress.pruning.mask import gather_bits, owned_slice
 from dist_compress.target import Coupling
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, log_softmax
 
 from dist_compress import speedup
+from dist_compress.blocks import Blocks
 from dist_compress.errors import UserError
-from dist_compress.pruning.blocks import Blocks
 from dist_compress.pruning.defaults import register_defaults
 from dist_compress.target import Coupling
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from dist_compress.blocks import Blocks, channel_dim, parse
 from dist_compress.errors import UserError
-from dist_compress.pruning.blocks import Blocks, channel_dim, parse
 
 FOUR_BY_FOUR = torch.arange(16).view(4, 4)
 
