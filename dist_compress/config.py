@@ -92,7 +92,7 @@ class BackendConfig:
 
 @dataclass
 class ScheduleConfig:
-    name: str = "one_shot"  # one_shot | linear | agp, or a dotted path
+    name: str = "one_shot"  # one_shot | linear | agp | exponential, or a dotted path
     start: float | str = 0.0  # durations
     end: float | str = 0.0
     num_decisions: int = 1  # evenly spaced between start and end, the last one exactly at end

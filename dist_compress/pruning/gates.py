@@ -40,8 +40,8 @@ class Gates(Listener):
     def _hook(self, parameter: nn.Parameter, uses: list[tuple[int, int, Member]]) -> Callable[[torch.Tensor], None]:
         @torch.no_grad()
         def keep(grad: torch.Tensor) -> None:
-            product = grad.detach() * parameter.detach()
+            product = grad.detach().double() * parameter.detach().double()
             for i, k, member in uses:
-                self.latest[i, k] = slices(product, member).sum(1, dtype=torch.float64)
+                self.latest[i, k] = slices(product, member).sum(1)
 
         return keep

@@ -78,6 +78,7 @@ class Pruner(Method):
             context.total_steps,
             context.steps_per_epoch,
             driven[0].method if driven else "",
+            max((s.sparse_ratio for s in self.settings if not s.align), default=0.0),
         )
         first, *later = sorted(self.schedule)
         # Each decision hears the steps since the one before it, the first as many, a single one those of an epoch.

@@ -1,9 +1,10 @@
 """When a pruner decides, and how much of the ratio it then spends.
 
 A decision "at t" is taken after t optimizer steps. `linear` spends an equal share at each decision; `agp`
-follows Zhu & Gupta 2017 (arXiv:1710.01878), s = s_final (1 - (1 - p)^3); a dotted path names the user's
-own f(p). The last decision always spends everything, also when the run is so short that decisions fall on
-the same step.
+follows Zhu & Gupta 2017 (arXiv:1710.01878), s = s_final (1 - (1 - p)^3); `exponential` removes the same share of what
+is left each time, as iterative magnitude pruning does (Frankle & Carbin 2019, arXiv:1803.03635): 1 - s = (1 -
+s_final)^p; a dotted path names the user's own f(p). The last decision always spends everything, also when the run is
+so short that decisions fall on the same step.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ from dist_compress.config import ScheduleConfig
 from dist_compress.duration import duration
 from dist_compress.errors import UserError
 
-_CURVES: dict[str, Callable[[float], float]] = {
-    "one_shot": lambda progress: 1.0,
-    "linear": lambda progress: progress,
-    "agp": lambda progress: 1.0 - (1.0 - progress) ** 3,
+_CURVES: dict[str, Callable[[float, float], float]] = {  # of the progress p in (0, 1] and the final ratio s below 1
+    "one_shot": lambda p, s: 1.0,
+    "linear": lambda p, s: p,
+    "agp": lambda p, s: 1.0 - (1.0 - p) ** 3,
+    "exponential": lambda p, s: (1.0 - (1.0 - s) ** p) / s if s else p,
 }
 _KEY = "pruning.schedule"
 
 
 def decisions(
-    schedule: ScheduleConfig, total_steps: int, steps_per_epoch: float, data_driven: str = ""
+    schedule: ScheduleConfig, total_steps: int, steps_per_epoch: float, data_driven: str = "", ratio: float = 0.0
 ) -> dict[int, float]:
     """{t: fraction of the ratio in [0, 1]}, t ascending, the last fraction exactly 1.
 
     `num_decisions` are evenly spaced from start to end, the only one of a single decision lies at the
     later of both. `data_driven` names a method that needs gradients: its first decision needs a step
-    before it.
+    before it. `ratio`: the largest that is asked for, below 1, which `exponential` depends on.
     """
     start, end = (
         duration(value, f"{_KEY}.{key}", total_steps, steps_per_epoch)
@@ -42,7 +44,7 @@ def decisions(
     if number < 1:
         raise UserError(f"{_KEY}.num_decisions={number}: at least 1 decision is needed.")
     if schedule.name == "one_shot" and number != 1:
-        raise UserError(f"{_KEY}.num_decisions={number}: one_shot decides once. Set it to 1, or name=linear or agp.")
+        raise UserError(f"{_KEY}.num_decisions={number}: one_shot decides once. Set it to 1, or choose another name.")
     if number > 1 and end < start:
         raise UserError(f"{_KEY}.end={schedule.end} (step {end}) lies before start={schedule.start} (step {start}).")
     if max(start, end) > total_steps:
@@ -50,7 +52,7 @@ def decisions(
             f"{_KEY}: the last decision lies at step {max(start, end)}, but the run has {total_steps}. "
             "Lower start and end, or give them as fractions of the run."
         )
-    curve = _curve(schedule.name)
+    curve = _curve(schedule.name, ratio)
     times = (
         [max(start, end)]
         if number == 1
@@ -78,9 +80,9 @@ def _leave_a_step(plan: dict[int, float], schedule: ScheduleConfig, total_steps:
     return dict(sorted({1: fraction, **plan}.items()))
 
 
-def _curve(name: str) -> Callable[[float], float]:
+def _curve(name: str, ratio: float) -> Callable[[float], float]:
     if name in _CURVES:
-        return _CURVES[name]
+        return lambda progress: _CURVES[name](progress, ratio)
     module, _, function = name.rpartition(".")
     try:
         curve = getattr(importlib.import_module(module), function) if module else None

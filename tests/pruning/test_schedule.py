@@ -15,8 +15,8 @@ def falling(progress: float) -> float:
     return 1 - progress
 
 
-def at(name="linear", start=0.0, end=0.0, num=1, total=100, per_epoch=10.0, driven=""):
-    return decisions(ScheduleConfig(name, start, end, num), total, per_epoch, driven)
+def at(name="linear", start=0.0, end=0.0, num=1, total=100, per_epoch=10.0, driven="", ratio=0.0):
+    return decisions(ScheduleConfig(name, start, end, num), total, per_epoch, driven, ratio)
 
 
 def test_one_shot_decides_once_at_the_later_of_start_and_end():
@@ -30,6 +30,14 @@ def test_linear_and_agp():
     agp = at("agp", 0.1, 0.5, 5)
     assert list(agp) == [10, 20, 30, 40, 50]
     assert list(agp.values()) == pytest.approx([0.488, 0.784, 0.936, 0.992, 1.0])
+
+
+def test_exponential_removes_the_same_share_of_what_is_left():
+    plan = at("exponential", 0.1, 0.5, 4, ratio=0.9375)  # a sixteenth is left: each decision leaves one half
+    assert [1 - 0.9375 * f for f in plan.values()] == pytest.approx([1 / 2, 1 / 4, 1 / 8, 1 / 16])
+    left = [1.0, *(1 - 0.8 * f for f in at("exponential", 0.1, 0.5, 5, ratio=0.8).values())]
+    assert [b / a for a, b in zip(left, left[1:], strict=False)] == pytest.approx([0.2 ** (1 / 5)] * 5)
+    assert at("exponential", 0.1, 0.5, 5) == at("linear", 0.1, 0.5, 5)  # no ratio: thresholds only
 
 
 def test_steps_and_epochs():
@@ -64,7 +72,7 @@ def test_own_curve():
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"name": "cubic"}, "pruning.schedule.name='cubic': no such schedule. Allowed: one_shot, linear, agp"),
+        ({"name": "cubic"}, "pruning.schedule.name='cubic': no such schedule. Allowed: one_shot, linear, agp, expo"),
         ({"name": "no_such_pkg.f"}, "pruning.schedule.name='no_such_pkg.f': No module named"),
         ({"name": "math.no"}, "pruning.schedule.name='math.no'"),
         ({"name": "math.cosh"}, "is not a fraction"),

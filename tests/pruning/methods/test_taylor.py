@@ -21,22 +21,21 @@ def test_taylor_by_hand():
     assert taylor.block_scores(weight[None], grad[None]).tolist() == [6.5]  # signs count inside of a block
 
 
-def taylor_net(entries, **keys):
+def taylor_net(entries, dtype=torch.float32, **keys):
     schedule = {"name": "one_shot", "end": "2steps"}
-    return attach(config(entries, method="taylor", schedule=schedule, **keys))
+    return attach(config(entries, method="taylor", schedule=schedule, **keys), Net().to(dtype))
 
 
-def test_gates_equal_the_gradient_of_a_real_gate():
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-6)])
+def test_gates_equal_the_gradient_of_a_real_gate(dtype, tolerance):
     """dL/dz at z = 1 of a factor on the unit's output, measured by autograd, micro-batch by micro-batch."""
-    pruner, model, _ = taylor_net([{"op_types": ["Conv2d"]}])
-    expected = {"stem": torch.zeros(8), "a": torch.zeros(6), "free": torch.zeros(10)}
+    pruner, model, _ = taylor_net([{"op_types": ["Conv2d"]}], dtype)
+    expected = {name: torch.zeros(num, dtype=dtype) for name, num in (("stem", 8), ("a", 6), ("free", 10))}
     for micro in range(NUM_MICRO):
         x, y = micro_batch(0, micro)
-        gates = {
-            name: torch.ones(norm.num_features, requires_grad=True)
-            for name, norm in (("bn", model.bn), ("bn_a", model.bn_a), ("bn_b", model.bn_b))
-        }
-        gates |= {"depthwise": torch.ones(8, requires_grad=True), "free": torch.ones(10, requires_grad=True)}
+        x = x.to(dtype)
+        sizes = {"bn": 8, "bn_a": 6, "bn_b": 8, "depthwise": 8, "free": 10}
+        gates = {name: torch.ones(num, dtype=dtype, requires_grad=True) for name, num in sizes.items()}
         hooks = [
             model.get_submodule(name).register_forward_hook(lambda m, i, o, g=gate: o * g[:, None, None])
             for name, gate in gates.items()
@@ -51,7 +50,32 @@ def test_gates_equal_the_gradient_of_a_real_gate():
         expected["free"] += g["free"].square()
     means = pruner.listeners["gates"].means()
     for s, mean in zip(pruner.sets, means, strict=True):
-        torch.testing.assert_close(mean.float(), expected[s.name] / NUM_MICRO, rtol=1e-4, atol=1e-9)
+        close = {"rtol": tolerance, "atol": 1e-9 if dtype == torch.float32 else 0.0}
+        torch.testing.assert_close(mean.to(dtype), expected[s.name] / NUM_MICRO, **close)
+
+
+def test_single_weights_and_blocks_equal_an_independent_computation_in_float64():
+    """abs(sum of w dL/dw) over the whole batch, by autograd through copies of the weights, not through hooks."""
+    entries = [{"op_names": ["a"], "granularity": "element"}, {"op_names": ["free"], "granularity": [2, 4, 1, 1]}]
+    cfg = config(entries, method="taylor", schedule={"name": "one_shot", "end": "1steps"})
+    pruner, model, _ = attach(cfg, Net().double())
+    reference = Net().double()
+    names = ("a.weight", "free.weight")
+    total = [torch.zeros_like(reference.get_parameter(name)) for name in names]
+    for micro in range(NUM_MICRO):
+        x, y = micro_batch(0, micro)
+        nn.functional.cross_entropy(model(x.double()), y).backward()
+        pruner.after_backward(0, micro)
+        loss = nn.functional.cross_entropy(reference(x.double()), y)
+        grads = torch.autograd.grad(loss, [reference.get_parameter(name) for name in names])
+        total = [t + g for t, g in zip(total, grads, strict=True)]
+    pruner.before_step(0)
+    wanted = [reference.get_parameter(n).detach() * t for n, t in zip(names, total, strict=True)]
+    wanted[1] = wanted[1].view(5, 2, 2, 4).sum((1, 3))
+    for tensor, want in zip(pruner.elements.tensors(), wanted, strict=True):
+        rows = tensor.blocks.rows(model.get_parameter(tensor.name).detach())
+        scores = pruner.scorers[tensor.setting.name].block_scores(rows, pruner.grads[tensor.name])
+        torch.testing.assert_close(scores, want.abs().flatten(), rtol=1e-6, atol=0.0)
 
 
 def test_sum_of_g_times_w_is_noise_behind_a_batch_norm_but_the_gate_is_not():

@@ -1,0 +1,24 @@
+"""Magnitude of single weights (Han et al. 2015, arXiv:1506.02626): score = abs(w), the smallest go first.
+
+What `l1_norm` scores, but for what `granularity: default` means: single weights. Of a block or unit the sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dist_compress.pruning.metric import Metric
+
+
+@dataclass
+class Options:
+    pass
+
+
+class Level(Metric):
+    granularity = "element"
+
+    def block_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+        return weight.abs().sum(1, dtype=torch.float64)
