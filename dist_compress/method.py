@@ -43,6 +43,7 @@ class Context:
     num_micro: int  # M: micro-batches of one optimizer step
     total_steps: int
     steps_per_epoch: float
+    example: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # a call of the model, by which sites are found
 
 
 class Method:

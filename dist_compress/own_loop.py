@@ -91,7 +91,9 @@ class Attached:
             raise UserError("attach: the recipe asks for nothing; set pruning.method and pruning.config_list.")
         coupling = comm.on_rank0(lambda: speedup.coupling(self.model, *self.example))
         num_micro = micro_batches * comm.world_size()
-        context = Context(config, self.model, self.projection, coupling, num_micro, total_steps, steps_per_epoch)
+        context = Context(
+            config, self.model, self.projection, coupling, num_micro, total_steps, steps_per_epoch, self.example
+        )
         for method in self.methods:
             method.attach(context)
         self.last = max(step + 1 for method in self.methods for step in method.change_steps())

@@ -120,7 +120,7 @@ class Job:
         length = self.length
         context = Context(
             self.config, self.model, self.projection, self.coupling,
-            length.num_micro, length.total_steps, length.steps_per_epoch,
+            length.num_micro, length.total_steps, length.steps_per_epoch, self.example,
         )  # fmt: skip
         for method in self.methods:
             method.attach(context)

@@ -22,6 +22,8 @@ LAYERS = [
     ["training", "export", "reporting"],
     ["pruning", "quantization", "distillation", "speedup", "backends", "models"],
     ["method"],
+    ["config_list"],
+    ["sites"],
     ["projection", "statistic", "tracing"],
     ["fingerprint", "target", "selection", "blocks", "comm"],
     ["duration", "hashing"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dist_compress.errors import UserError
-from dist_compress.pruning.setting import DEFAULTS, Setting, check_agree
+from dist_compress.pruning.setting import Setting, check_agree
 
 _BOUNDS = ("min_sparse_ratio", "max_sparse_ratio")
 _GROUPED = ("global_group_id", "dependency_group_id", "internal_metric_block")
@@ -33,7 +33,7 @@ def _refuse(setting: Setting, key: str, others: tuple[str, ...], why: str) -> No
         other
         for other in others
         if other in setting.sources
-        and (getattr(setting, other) not in (None, DEFAULTS[other]) or other == "sparse_ratio")
+        and (getattr(setting, other) not in (None, Setting.default(other)) or other == "sparse_ratio")
     ]
     if asked:
         said = " and ".join(setting.said_by(other) for other in asked)

@@ -16,12 +16,13 @@ import torch
 
 from dist_compress import comm
 from dist_compress.config import Config
+from dist_compress.config_list import overrides
 from dist_compress.errors import UserError
 from dist_compress.method import Context, Method
 from dist_compress.pruning import mask as masking
 from dist_compress.pruning import results
 from dist_compress.pruning.aligning import align, check_aligned
-from dist_compress.pruning.config_list import overrides, resolve
+from dist_compress.pruning.config_list import resolve
 from dist_compress.pruning.elements import Elements, keep_gradients
 from dist_compress.pruning.gates import Gates
 from dist_compress.pruning.listener import Listener

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
+from dist_compress import config_list
 from dist_compress.blocks import Granularity, is_pattern
 from dist_compress.errors import UserError
-
-ROOT = "pruning.config_list"
 
 
 @dataclass
@@ -22,11 +21,13 @@ class Align:
 
 
 @dataclass
-class Setting:
+class Setting(config_list.Setting):
     """One target and what is asked of it; the values of all entries that name it, merged key by key."""
 
-    module: str  # fqn
-    target: str = "weight"  # name of a parameter of the module
+    NOUN = "pruning"
+    INHERITED = ("sparse_ratio", "method", "options")
+
+    target: str = "weight"
     sparse_ratio: float = 0.0
     sparse_threshold: float | None = None
     min_sparse_ratio: float = 0.0
@@ -39,17 +40,10 @@ class Setting:
     align: Align | None = None
     method: str = ""
     options: dict[str, Any] = field(default_factory=dict)
-    sources: dict[str, str] = field(default_factory=dict)  # key -> place in the config; "" -> the last that matched
-    overridden: list[tuple[str, str]] = field(default_factory=list)  # (what won, what it overrode), for the report
 
     @property
     def parameter(self) -> str:
-        return f"{self.module}.{self.target}"
-
-    @property
-    def name(self) -> str:
-        """The module where its weight is meant, else the parameter. Distinct for all targets."""
-        return self.module if self.target == "weight" else self.parameter
+        return self.path
 
     @property
     def by_units(self) -> bool:
@@ -63,23 +57,6 @@ class Setting:
             return None
         n, m = str(self.granularity).split(":")
         return int(n), int(m)
-
-    def said_by(self, key: str) -> str:
-        """Where the value of `key` comes from, for messages."""
-        if key in self.sources:
-            return f"{self.sources[key]}.{key}={shown(getattr(self, key))}"
-        if key in ("sparse_ratio", "method", "options"):
-            return f"pruning.{key}={getattr(self, key)!r}"
-        return f"{key}={shown(getattr(self, key))} by default"
-
-
-VALUES = tuple(f.name for f in fields(Setting) if f.name not in ("module", "target", "sources", "overridden"))
-DEFAULTS = {f.name: f.default for f in fields(Setting) if f.name in VALUES}
-
-
-def shown(value: Any) -> str:
-    """A value as the user wrote it."""
-    return repr({f.name: getattr(value, f.name) for f in fields(Align)} if isinstance(value, Align) else value)
 
 
 def check_agree(a: Setting, b: Setting, keys: Iterable[str], group: str) -> None:

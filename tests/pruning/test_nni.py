@@ -134,11 +134,11 @@ def test_a_mask_of_output_channels_leaves_the_bias_if_it_does_not_follow():
 
 
 def test_settings_by_class_and_by_name_agree(monkeypatch):
-    from dist_compress.pruning import defaults
+    from dist_compress.pruning.config_list import PRUNING
 
     found = []
     for key in (nn.Linear, "Linear"):
-        monkeypatch.setattr(defaults, "_REGISTERED", {})
+        monkeypatch.setattr(PRUNING, "registered", {})
         register_defaults(key, {"bias": {"sparse_ratio": 0.6}, "weight": {}})
         pruner, _, _ = attach(config([{"op_types": ["Linear"], "dependency_group_id": None}]), Small(), Coupling())
         found.append([(s.name, s.sparse_ratio) for s in pruner.settings])

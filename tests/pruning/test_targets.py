@@ -5,9 +5,10 @@ import torch
 from pruning_nets import Net, attach, config
 from torch import nn
 
+from dist_compress.config_list import overrides
 from dist_compress.errors import UserError
-from dist_compress.pruning import defaults, register_defaults
-from dist_compress.pruning.config_list import overrides, resolve
+from dist_compress.pruning import register_defaults
+from dist_compress.pruning.config_list import PRUNING, resolve
 from dist_compress.target import Coupling
 
 ALONE = {"dependency_group_id": None}
@@ -23,7 +24,7 @@ class Scaled(nn.Module):
 
 @pytest.fixture
 def registered(monkeypatch):
-    monkeypatch.setattr(defaults, "_REGISTERED", {})
+    monkeypatch.setattr(PRUNING, "registered", {})
     register_defaults(Scaled, {"kernel": {"max_sparse_ratio": 0.8}, "shift": {"sparse_ratio": 0.25}})
 
 
@@ -101,7 +102,7 @@ def test_defaults_from_python_yaml_and_entries(registered):
 
 
 def test_refused_defaults(monkeypatch):
-    monkeypatch.setattr(defaults, "_REGISTERED", {})
+    monkeypatch.setattr(PRUNING, "registered", {})
     with pytest.raises(UserError, match=r"register_defaults\(Scaled\).kernel.sparse_ratoi: no such key"):
         register_defaults(Scaled, {"kernel": {"sparse_ratoi": 0.8}})
     said = refuse({"op_names": ["a"]}, default_settings={"Conv2d": {"weight": {"sparse_ratio": 3}}})
