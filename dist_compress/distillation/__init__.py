@@ -1,0 +1,1 @@
+"""Distillation: a student trained towards what a teacher says."""

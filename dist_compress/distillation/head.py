@@ -1,0 +1,125 @@
+"""Output layer and distillation loss in one, a chunk of tokens at a time: no [tokens, vocabulary] is ever whole.
+
+The logits of a chunk are made, used for loss and gradient, and overwritten by the next chunk's. The gradients of the
+hidden states and of the output layer are summed on the way, in the forward pass (as Liger-Kernel does it for
+cross-entropy, arXiv:2410.10989), so the backward pass only scales them. Data parallel: each rank has its own tokens and
+whole output layers, nothing is sent. `sharded`: each rank has a part of the rows of both output layers and the same
+tokens (column parallel).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dist_compress import comm
+from dist_compress.distillation.losses import Divergence, loss_and_grad, reduction
+from dist_compress.errors import UserError
+
+CHUNK_ELEMENTS = 1 << 24  # of one chunk's logits: 128 MB of float32 for both models
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output layer: logits = hidden @ weight.T + bias."""
+
+    weight: torch.Tensor  # [V, H]
+    bias: torch.Tensor | None = None  # [V]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(hidden, self.weight, self.bias)
+
+
+def head_loss(
+    hidden: torch.Tensor,
+    head: Head,
+    teacher_hidden: torch.Tensor,
+    teacher_head: Head,
+    how: Divergence,
+    *,
+    weight: float = 1.0,
+    labels: torch.Tensor | None = None,
+    label_weight: float = 0.0,
+    valid: torch.Tensor | None = None,
+    chunk_tokens: int | None = None,
+    sharded: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weight * divergence + label_weight * cross-entropy, summed over the valid tokens; float [2], both sums alone,
+    without gradient).
+
+    `hidden`: [T, H], `teacher_hidden`: [T, H of the teacher]; the vocabularies are equal. `labels`: int64 [T]. `valid`:
+    bool [T], None: all. `chunk_tokens`: None: as many as CHUNK_ELEMENTS hold. Local; collective when `sharded`, which
+    takes no labels: two collectives a chunk (three for jensen_shannon) and one sum of the hidden states' gradient.
+    """
+    if head.weight.shape[0] != teacher_head.weight.shape[0]:
+        raise UserError(
+            f"output layers of {head.weight.shape[0]} (student) and {teacher_head.weight.shape[0]} (teacher) rows: the "
+            "vocabularies must be equal. Cut padding rows off first."
+        )
+    if sharded and labels is not None:
+        raise UserError("head_loss(sharded=True) takes no labels: their loss belongs to the tensor-parallel model.")
+    size = chunk_tokens or max(CHUNK_ELEMENTS // max(head.weight.shape[0], 1), 1)
+    return _Head.apply(  # type: ignore[return-value]
+        hidden, head.weight, head.bias, teacher_hidden.detach(), teacher_head, how, (weight, label_weight), labels,
+        valid, size, sharded,
+    )  # fmt: skip
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Any, weight: Any, bias: Any, teacher_hidden: Any, teacher_head: Head, how: Divergence,
+        weights: tuple[float, float], labels: Any, valid: Any, size: int, sharded: bool,
+    ) -> Any:  # fmt: skip
+        head, reduce = Head(weight, bias), reduction(sharded)
+        sums = torch.zeros(2, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32).to(hidden.device)
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=sums.dtype)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=sums.dtype)
+        tokens = torch.arange(len(hidden), device=hidden.device) if valid is None else valid.nonzero()[:, 0]
+        for chunk in tokens.split(size):
+            inputs = hidden[chunk]
+            logits = head.logits(inputs)
+            loss, grad = loss_and_grad(logits, teacher_head.logits(teacher_hidden[chunk]), how, reduce)
+            sums[0] += loss.sum()
+            grad.mul_(weights[0])
+            if labels is not None:
+                sums[1] += _add_cross_entropy(logits, labels[chunk], weights[1], grad)
+            grad = grad.to(hidden.dtype)
+            grad_hidden[chunk] = grad @ weight
+            _add_product(grad_weight, grad, inputs)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        if sharded:
+            comm.all_reduce(grad_hidden)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtype = weight.dtype
+        total = weights[0] * sums[0] + (weights[1] * sums[1] if labels is not None else 0)
+        ctx.mark_non_differentiable(sums)
+        return total, sums
+
+    @staticmethod
+    def backward(ctx: Any, *ups: Any) -> Any:
+        hidden, weight, bias = ctx.saved_tensors
+        grads = [hidden, weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)]
+        return *(None if grad is None else grad * ups[0].to(grad.dtype) for grad in grads), *[None] * 8
+
+
+def _add_product(total: torch.Tensor, grad: torch.Tensor, inputs: torch.Tensor) -> None:
+    """total += grad.T @ inputs, in the dtype of `total`."""
+    if total.dtype == grad.dtype:
+        total.addmm_(grad.T, inputs)
+    else:
+        total += grad.T @ inputs
+
+
+def _add_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weight: float, grad: torch.Tensor) -> torch.Tensor:
+    """The sum of the cross-entropies; weight times its gradient is added to `grad`. Overwrites float32 logits."""
+    values = logits.to(grad.dtype)
+    log_sum = values.logsumexp(1)
+    picked = values.gather(1, labels[:, None])[:, 0]
+    grad.add_(values.sub_(log_sum[:, None]).exp_(), alpha=weight)
+    grad[torch.arange(len(labels), device=labels.device), labels] -= weight
+    return (log_sum - picked).sum()
