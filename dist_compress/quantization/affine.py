@@ -1,0 +1,98 @@
+"""Affine quantization of tensors, as pure functions: q = clamp(round(x / scale) + zero_point, quant_min, quant_max).
+
+As in Jacob et al. 2018, arXiv:1712.05877. Zero is always a number of its own, so every range is extended to hold it.
+Rounding is to the nearest, ties to even. The arithmetic is that of torch's own functions (the reciprocal of the scale
+is multiplied with), so `fake_quantize` has the bits of torch.fake_quantize_per_tensor_affine and
+torch.fake_quantize_per_channel_affine. Scale and zero point broadcast to the tensor. Everything is local.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dist_compress.quantization.dtypes import QuantDtype
+
+EPS = torch.finfo(torch.float32).eps  # the smallest scale
+
+
+def qparams(
+    low: torch.Tensor, high: torch.Tensor, dtype: QuantDtype, scheme: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 scale and int32 zero point, both of the shape of `low` and `high`, of ranges [low, high].
+
+    int8, [-1, 3]:  affine                (4 / 255, -64)
+                    symmetric             (3 / 127.5, 0)     -128..127
+                    symmetric_restricted  (3 / 127, 0)       -127..127
+    """
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    if dtype.is_float:
+        amax = torch.maximum(-low, high)
+        return (amax / dtype.quant_max).clamp(min=EPS), torch.zeros_like(amax, dtype=torch.int32)
+    span = float(dtype.quant_max - dtype.quant_min)
+    if scheme == "affine":
+        scale = ((high - low) / span).clamp(min=EPS)
+        zero_point = dtype.quant_min - torch.round(low / scale).to(torch.int32)
+        return scale, zero_point.clamp(dtype.quant_min, dtype.quant_max)
+    scale = (torch.maximum(-low, high) / (span / 2)).clamp(min=EPS)
+    middle = 0 if dtype.is_signed else (dtype.quant_max + dtype.quant_min + 1) // 2
+    return scale, torch.full_like(scale, middle, dtype=torch.int32)
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dtype: QuantDtype) -> torch.Tensor:
+    """What is stored: `dtype.storage`, the shape of `x`."""
+    if dtype.is_float:
+        return (x.float() * (1.0 / scale)).clamp(dtype.quant_min, dtype.quant_max).to(dtype.storage)
+    return _levels(x, scale, zero_point, dtype).to(dtype.storage)
+
+
+def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """float32, the shape of `q`."""
+    return (q.float() - zero_point) * scale
+
+
+def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dtype: QuantDtype) -> torch.Tensor:
+    """`dequantize(quantize(x))` in the dtype of `x`."""
+    if dtype.is_float:
+        return (quantize(x, scale, zero_point, dtype).float() * scale).to(x.dtype)
+    return ((_levels(x, scale, zero_point, dtype) - zero_point) * scale).to(x.dtype)
+
+
+def in_range(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dtype: QuantDtype) -> torch.Tensor:
+    """bool, the shape of `x`: what is rounded, not clipped."""
+    if dtype.is_float:
+        return x.float().abs() <= dtype.quant_max * scale
+    level = torch.round(x.float() * (1.0 / scale)) + zero_point
+    return (level >= dtype.quant_min) & (level <= dtype.quant_max)
+
+
+def _levels(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dtype: QuantDtype) -> torch.Tensor:
+    """float32: whole numbers in [quant_min, quant_max]."""
+    return (torch.round(x.float() * (1.0 / scale)) + zero_point).clamp(dtype.quant_min, dtype.quant_max)
+
+
+class StraightThrough(torch.autograd.Function):
+    """fake_quantize with a gradient that passes: everywhere, or only where nothing was clipped (`masked`)."""
+
+    @staticmethod
+    def forward(ctx: Any, x, scale, zero_point, dtype, masked):  # type: ignore[no-untyped-def]
+        ctx.masked = masked
+        if masked:
+            ctx.save_for_backward(in_range(x, scale, zero_point, dtype))
+        return fake_quantize(x, scale, zero_point, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad = grads[0]
+        return (grad * ctx.saved_tensors[0] if ctx.masked else grad), None, None, None, None
+
+
+def simulate(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dtype: QuantDtype, masked: bool
+) -> torch.Tensor:
+    """`fake_quantize` with the gradient of `apply_method`: qat_clamp_round is `masked`, clamp_round is not."""
+    if masked and scale.numel() == 1 and not dtype.is_float and x.dtype == torch.float32:  # one kernel does it all
+        flat = (scale.reshape(1), zero_point.reshape(1), dtype.quant_min, dtype.quant_max)
+        return torch.fake_quantize_per_tensor_affine(x, *flat)
+    return StraightThrough.apply(x, scale, zero_point, dtype, masked)  # type: ignore[no-any-return]

@@ -1,0 +1,107 @@
+"""Granularity: what of a tensor shares one scale. Frozen types; each says how it cuts a shape into blocks.
+
+    type                        shape             scale shape
+    PerTensor()                 [8, 16, 3, 3]     [1, 1, 1, 1]
+    PerChannel(dim=0)           [8, 16, 3, 3]     [8, 1, 1, 1]
+    PerChannel(dim=1)           [32, 16, 7, 7]    [1, 16, 1, 1]
+    PerGroup(size=4)            [8, 16]           [8, 4]         groups of 4 along the last dim
+    PerToken()                  [2, 5, 16]        [2, 5, 1]      computed anew for each input
+    PerBlock((4, 4))            [8, 16]           [2, 4]         tiles over the last dims
+    PerBlock((1, -1))           [8, 16]           [8, 1]         -1: the whole dim
+
+A scale has as many dims as its tensor, one entry for each block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dist_compress.errors import UserError
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """The base: `sizes` of a block for a shape."""
+
+    def sizes(self, shape: Sequence[int]) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def dynamic(self) -> bool:
+        """The scale is computed from the tensor at hand, and nothing is observed."""
+        return False
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(n // k for n, k in zip(shape, self.sizes(shape), strict=True))
+
+    def check(self, shape: Sequence[int], what: str) -> None:
+        """Raise UserError, which begins with `what`, unless the blocks fit into `shape`."""
+        for dim, (n, k) in enumerate(zip(shape, self.sizes(shape), strict=True)):
+            if n % k:
+                raise UserError(
+                    f"{what}: dimension {dim} has size {n}, which is no multiple of {k}. Choose a size that divides "
+                    "it, or another granularity for this target."
+                )
+
+
+@dataclass(frozen=True)
+class PerTensor(Granularity):
+    def sizes(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(shape)
+
+
+@dataclass(frozen=True)
+class PerChannel(Granularity):
+    dim: int
+
+    def sizes(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(1 if d == self.dim % len(shape) else n for d, n in enumerate(shape))
+
+
+@dataclass(frozen=True)
+class PerGroup(Granularity):
+    size: int
+
+    def sizes(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return (*(1 for _ in shape[:-1]), self.size)
+
+
+@dataclass(frozen=True)
+class PerToken(Granularity):
+    @property
+    def dynamic(self) -> bool:
+        return True
+
+    def sizes(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return (*(1 for _ in shape[:-1]), shape[-1])
+
+
+@dataclass(frozen=True)
+class PerBlock(Granularity):
+    block: tuple[int, ...]
+
+    def sizes(self, shape: Sequence[int]) -> tuple[int, ...]:
+        kernel = (*(1 for _ in range(len(shape) - len(self.block))), *self.block)
+        return tuple(n if k == -1 else k for n, k in zip(shape, kernel, strict=True))
+
+
+def rows(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
+    """[blocks, elements of a block] of a tensor, the blocks in the order of the flattened scale."""
+    sizes = granularity.sizes(x.shape)
+    if math.prod(sizes) == x.numel():
+        return x.reshape(1, -1)
+    cut = x.reshape([v for n, k in zip(x.shape, sizes, strict=True) for v in (n // k, k)])
+    dims = range(0, 2 * x.dim(), 2)
+    return cut.permute(*dims, *(d + 1 for d in dims)).reshape(-1, math.prod(sizes))
+
+
+def spread(scale: torch.Tensor, shape: Sequence[int], granularity: Granularity) -> torch.Tensor:
+    """The scale, of the shape `scale_shape`, in a shape that broadcasts to the tensor's."""
+    for dim, (n, k) in enumerate(zip(shape, granularity.sizes(shape), strict=True)):
+        if k not in (1, n):
+            scale = scale.repeat_interleave(k, dim)
+    return scale
