@@ -31,6 +31,7 @@ class Projection:
         self.projected = False
         self._functions: dict[str, dict[str, Function]] = {}
         self._grad_masks: dict[str, torch.Tensor] = {}
+        self._decays: dict[str, tuple[torch.Tensor, float]] = {}
         self._latents: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, key: str, fn: Function) -> None:
@@ -57,6 +58,15 @@ class Projection:
             self._grad_masks.pop(name, None)
         else:
             self._grad_masks[name] = mask
+
+    def decay_masked(self, name: str, mask: torch.Tensor | None, decay: float = 0.0) -> None:
+        """Add `decay` times the latent to the gradient of `name` where `mask` (bool, broadcastable) is False; None: no
+        more."""
+        name = self.owner(name)
+        if mask is None:
+            self._decays.pop(name, None)
+        else:
+            self._decays[name] = mask, decay
 
     @torch.no_grad()
     def project(self) -> None:
@@ -99,6 +109,10 @@ class Projection:
     @torch.no_grad()
     def edit_gradients(self) -> None:
         """Apply the gradient rules: after the reduction, before clipping."""
+        for name, (mask, decay) in self._decays.items():
+            grad = self.model.get_parameter(name).grad
+            if grad is not None and decay:
+                grad.add_(self.latent(name).masked_fill(mask, 0), alpha=decay)
         for name, mask in self._grad_masks.items():
             grad = self.model.get_parameter(name).grad
             if grad is not None:
@@ -114,6 +128,7 @@ class Projection:
         self.project()
         self._functions.clear()
         self._grad_masks.clear()
+        self._decays.clear()
         self._latents.clear()
         self.projected = False
 

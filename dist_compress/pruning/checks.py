@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dist_compress.errors import UserError
+from dist_compress.pruning.metric import Metric
 from dist_compress.pruning.setting import Setting, check_agree
 
 _BOUNDS = ("min_sparse_ratio", "max_sparse_ratio")
@@ -63,3 +64,20 @@ def check_global_groups(settings: list[Setting]) -> None:
             continue
         head = first.setdefault(setting.global_group_id, setting)
         check_agree(head, setting, ("sparse_ratio", "granularity", "method", "options"), "global_group_id")
+
+
+def check_method(setting: Setting, metric: Metric) -> None:
+    """Raise UserError unless the method can decide what the target asks for."""
+    if missing := metric.missing(not setting.by_units):
+        raise UserError(
+            f"{setting.name}: {setting.said_by('granularity')} needs `{missing[0]}` of method "
+            f"{setting.method!r}, which does not define it. Define it, or choose another granularity or method."
+        )
+    if metric.regrows and setting.pattern:
+        raise UserError(
+            f"{setting.name}: {setting.said_by('granularity')}: {setting.method} exchanges weights anywhere in a "
+            "target. Use granularity: element, or method: sr_ste for N:M."
+        )
+    if metric.regrows:
+        why = f"{setting.method} exchanges weights inside of a target, whose sparse_ratio holds"
+        _refuse(setting, "method", ("global_group_id", "sparse_threshold"), why)

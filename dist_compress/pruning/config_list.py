@@ -74,6 +74,13 @@ def _inherit(setting: Setting, config: PruningConfig) -> None:
     where = setting.sources[""]
     if setting.align:
         return
+    if "method" not in setting.sources:
+        if config.method is None:
+            raise UserError(f"{where} sets no method for {setting.name}, nor does pruning.method. Set one.")
+        setting.method = config.method
+        setting.options = {**config.options, **setting.options}
+    if setting.granularity == "default":
+        setting.granularity = metric_class(setting.method, setting.sources.get("method", "pruning")).granularity
     if setting.pattern:
         keep, of = setting.pattern
         if "sparse_ratio" in setting.sources and setting.sparse_ratio != (of - keep) / of:
@@ -86,13 +93,6 @@ def _inherit(setting: Setting, config: PruningConfig) -> None:
         if config.sparse_ratio is None:
             raise UserError(f"{where} sets no sparse_ratio for {setting.name}, nor does pruning.sparse_ratio. Set one.")
         setting.sparse_ratio = entries.ratio(config.sparse_ratio, "pruning.sparse_ratio", below_one=True)
-    if "method" not in setting.sources:
-        if config.method is None:
-            raise UserError(f"{where} sets no method for {setting.name}, nor does pruning.method. Set one.")
-        setting.method = config.method
-        setting.options = {**config.options, **setting.options}
-    if setting.granularity == "default":
-        setting.granularity = metric_class(setting.method, setting.sources.get("method", "pruning")).granularity
 
 
 def _fit(setting: Setting, model: nn.Module) -> None:

@@ -8,7 +8,7 @@ sum over the ranks; then it is a ratio like any other. N:M patterns are decided 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -20,7 +20,8 @@ from dist_compress.blocks import Blocks
 from dist_compress.errors import UserError
 from dist_compress.pruning.mask import gather_bits, offsets, owned_slice, owners
 from dist_compress.pruning.metric import Metric
-from dist_compress.pruning.select import Group, Shard, score_key, select, tie_key
+from dist_compress.pruning.regrow import Swap, select_swapping, swapped
+from dist_compress.pruning.select import Group, Shard, score_key, tie_key
 from dist_compress.pruning.setting import Setting
 from dist_compress.pruning.sparsity import count_bounds, share, threshold, threshold_count
 from dist_compress.target import Coupling
@@ -44,6 +45,11 @@ class BlockTensor:
         """The blocks [start, end) that this rank decides. Local."""
         start, end = owned_slice(self.num // self.blocks.group)
         return start * self.blocks.group, end * self.blocks.group
+
+    def rows(self, latent: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """[owned, weights of a block]. Local."""
+        start, end = self.owned()
+        return self.blocks.rows(latent(self.name))[start:end]
 
 
 class Elements:
@@ -87,38 +93,60 @@ class Elements:
 
     def decide(
         self,
+        t: int,
         fraction: float,
         metrics: Mapping[str, Metric],
         latent: Callable[[str], torch.Tensor],
         grads: Mapping[str, torch.Tensor],
     ) -> None:
-        """Update `removed`. Collective. `metrics` by target; `grads` holds this rank's blocks of the gradients."""
-        tensors = self.tensors()
+        """Update `removed` of the targets in `metrics`. Collective. `grads` holds this rank's blocks of gradients."""
+        deciding = {name: members for name, members in self.groups.items() if members[0].setting.name in metrics}
+        tensors = [tensor for members in deciding.values() for tensor in members]
+        if not tensors:
+            return
         shards: dict[str, Shard] = {}
         for tensor in tensors:
             start, end = tensor.owned()
-            rows = tensor.blocks.rows(latent(tensor.name))[start:end]
-            scores = metrics[tensor.setting.name].block_scores(rows, grads.get(tensor.name)).float()
-            scores = scores.masked_fill(self.removed[tensor.name][start:end], -torch.inf)
+            rows = tensor.rows(latent)
+            metric = metrics[tensor.setting.name]
+            scores = metric.block_scores(rows, grads.get(tensor.name)).float()
+            if metric.stays_removed:
+                scores = scores.masked_fill(self.removed[tensor.name][start:end], -torch.inf)
             shards[tensor.name] = Shard(tensor.setting.name, tensor.base + start, scores, tensor.cost)
         counts = _count_below(tensors, shards, fraction)
-        groups = []
-        for name, members in self.groups.items():
+        groups, swaps = [], {}
+        for name, members in deciding.items():
             if not members[0].setting.pattern:
                 target, bounds = counts.get(members[0].name), {}
                 if target is None:
                     target, bounds = _target(members, fraction)
                 own = [shards[t.name] for t in members]
                 groups.append(Group(name, target, [s.module for s in own], own, bounds))
-        chosen = iter([mask for masks in select(groups) for mask in masks])
+                metric, head = metrics[members[0].setting.name], members[0]
+                if metric.regrows and head.name in grads:
+                    rows, total = head.rows(latent), head.num * head.cost
+                    growth = metric.growth_scores(rows, grads[head.name])
+                    swaps[name] = Swap(swapped(metric.exchanged(t), total - target, head.cost), growth)
+        chosen = iter([mask for masks in select_swapping(groups, swaps) for mask in masks])
         parts = [_pattern(t, shards[t.name], fraction) if t.setting.pattern else next(chosen) for t in tensors]
         bits = gather_bits(parts, [t.num for t in tensors], [t.blocks.group for t in tensors])
         for tensor, removed in zip(tensors, bits, strict=True):
+            if metrics[tensor.setting.name].regrows:
+                back = self.removed[tensor.name] & ~removed
+                latent(tensor.name).masked_fill_(tensor.blocks.spread(back), 0)
             self.removed[tensor.name] = removed
 
     def masks(self) -> dict[str, torch.Tensor]:
         """{parameter: bool, True = keep}."""
         return {t.name: t.blocks.spread(~self.removed[t.name]) for t in self.tensors()}
+
+    def decays(self, metrics: Mapping[str, Metric]) -> dict[str, tuple[torch.Tensor, float]]:
+        """{parameter: (bool, True = keep, factor of the latent)} where gradients of masked weights stay."""
+        return {
+            t.name: (t.blocks.spread(~self.removed[t.name]), decay)
+            for t in self.tensors()
+            if (decay := metrics[t.setting.name].masked_decay) is not None
+        }
 
     def given(self, tensors: Sequence[BlockTensor]) -> float:
         """Fraction of the cost of a group that is removed."""
@@ -190,11 +218,13 @@ def _pattern(tensor: BlockTensor, shard: Shard, fraction: float) -> torch.Tensor
     return gone.scatter_(1, order[:, :count], True).flatten()
 
 
-def keep_gradients(elements: Elements, model: nn.Module) -> dict[str, torch.Tensor]:
-    """This rank's blocks of the reduced gradient of every tensor, [owned, weights of a block]; zeros where there is
-    none. Local."""
+def keep_gradients(elements: Elements, model: nn.Module, targets: Collection[str]) -> dict[str, torch.Tensor]:
+    """This rank's blocks of the reduced gradient of `targets`, by parameter, [owned, weights of a block]; zeros where
+    there is none. Local."""
     grads = {}
     for tensor in elements.tensors():
+        if tensor.setting.name not in targets:
+            continue
         start, end = tensor.owned()
         parameter = model.get_parameter(tensor.name)
         grad = parameter.grad

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,14 +44,27 @@ class Metric:
     data_driven = False  # True: training is heard, so at least one step is needed before the first decision
     hears = "gates"  # what a data-driven metric hears: "gates" (pruning/gates.py) or "outputs" (pruning/outputs.py)
     wants_gradients = False  # of "outputs", too
+    stays_removed = True  # False: every decision is taken anew, and what was removed may return
+    masked_decay: float | None = None  # None: no gradient for masked weights; else theirs, plus this times the weight
 
     def __init__(self, options: Any) -> None:
         self.options = options
+
+    @property
+    def regrows(self) -> bool:
+        return type(self).growth_scores is not Metric.growth_scores
+
+    @property
+    def hears_gradients(self) -> bool:
+        """Scores of blocks want their gradient."""
+        return self.data_driven or self.regrows
 
     def missing(self, blocks: bool) -> list[str]:
         """Which methods the subclass lacks to score blocks of weights or units."""
         heard = ["gate_statistic"] + ["output_statistic"] * (self.hears == "outputs")
         needed = ["block_scores"] if blocks else ["unit_scores"] + heard * self.data_driven
+        if not blocks and (self.regrows or self.masked_decay is not None):
+            return ["unit_scores"]  # these train masks of weights
         lacks = [name for name in needed if getattr(type(self), name) is getattr(Metric, name)]
         by_blocks = not self.data_driven and type(self).block_scores is not Metric.block_scores
         return [name for name in lacks if not (name == "unit_scores" and by_blocks)]
@@ -77,6 +90,21 @@ class Metric:
     def edit_gradients(self, view: View, grad: Callable[[str], torch.Tensor | None]) -> None:
         """Add to the reduced gradients, by parameter name, before each optimizer step until the last decision. The
         same on every rank. For penalties that a method adds to the loss."""
+
+    def updates(self, first: int, steps: Callable[[float | str, str], int]) -> Iterable[int]:
+        """Steps t after `first`, the first decision, at which the method decides again beside the schedule, with the
+        ratio that is due by then. `steps(value, option)` is a duration of the options in optimizer steps. The same on
+        every rank."""
+        return ()
+
+    def exchanged(self, t: int) -> float:
+        """Which fraction of the blocks that are kept goes at decision t, for others that come back with a weight of
+        zero: those with the highest `growth_scores`. Of methods for blocks, with a ratio."""
+        return 0.0
+
+    def growth_scores(self, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """float [n], highest first, of n blocks: their weights without masks, and their dense gradient."""
+        raise NotImplementedError
 
     def block_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
         """float [n] of n blocks of k weights, [n, k], and, when data-driven, their reduced gradient. A single weight

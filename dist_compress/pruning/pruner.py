@@ -3,13 +3,13 @@
 A decision is collective and takes place between optimizer step and projection, on latent weights. The
 owner of a unit set (set g: rank g mod N) scores it in float64; one all-reduce of one flat buffer hands all
 scores to all ranks, which then spend the ratio by the same integer arithmetic. What was removed stays
-removed.
+removed, unless the method says otherwise: then it may decide again after the schedule, too.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,13 +22,14 @@ from dist_compress.method import Context, Method
 from dist_compress.pruning import mask as masking
 from dist_compress.pruning import results
 from dist_compress.pruning.aligning import align, check_aligned
+from dist_compress.pruning.checks import check_method
 from dist_compress.pruning.config_list import resolve
 from dist_compress.pruning.elements import Elements, keep_gradients
 from dist_compress.pruning.gates import Gates
 from dist_compress.pruning.listener import Listener
 from dist_compress.pruning.metric import Metric, View, build_metric
 from dist_compress.pruning.outputs import Outputs
-from dist_compress.pruning.schedule import decisions
+from dist_compress.pruning.schedule import decisions, due
 from dist_compress.pruning.setting import Setting
 from dist_compress.pruning.sparsity import Budget, Ranked, budget, decide_alone
 from dist_compress.pruning.units import collect
@@ -82,6 +83,7 @@ class Pruner(Method):
             max((s.sparse_ratio for s in self.settings if not s.align), default=0.0),
         )
         first, *later = sorted(self.schedule)
+        self.due = due(self.schedule, self.settings, self.scorers, context.total_steps, context.steps_per_epoch)
         # Each decision hears the steps since the one before it, the first as many, a single one those of an epoch.
         heard = later[0] - first if later else max(round(context.steps_per_epoch), 1)
         self.listen_from = max(first - heard, 0)
@@ -111,7 +113,7 @@ class Pruner(Method):
         return budgets
 
     def change_steps(self) -> list[int]:
-        return [t - 1 for t in self.schedule]
+        return [t - 1 for t in self.due]
 
     def after_backward(self, step: int, micro: int) -> None:
         for listener in self.listeners.values():
@@ -122,28 +124,31 @@ class Pruner(Method):
         if self.frozen is None and step < max(self.schedule):
             for i, s in enumerate(self.sets):
                 self.scorers[s.targets[0]].edit_gradients(self._view(i), self._gradient)
-        if self.frozen is None and step + 1 in self.schedule and self.elements.groups:
-            self.grads = keep_gradients(self.elements, self.context.model)
+        if self.frozen is None and step + 1 in self.due:
+            heard = [s.name for s in self.settings if (m := self.due[step + 1].get(s.name)) and m.hears_gradients]
+            self.grads = keep_gradients(self.elements, self.context.model, heard)
 
     def after_step(self, step: int) -> None:
-        if self.frozen is None and step + 1 in self.schedule:
+        if self.frozen is None and step + 1 in self.due:
             self.decide(step + 1)
 
     def decide(self, t: int) -> None:
         """Spend the share of the ratio due after `t` optimizer steps. Collective."""
-        fraction = self.schedule[t]
-        if self.sets:
-            self._decide_units(fraction)
-        if self.elements.groups:
-            self.elements.decide(fraction, self.scorers, self.context.projection.latent, self.grads)
-            self.grads = {}
-        for listener in self.listeners.values():
-            listener.statistic.reset()
+        fraction = self.schedule[max(s for s in self.schedule if s <= t)]
+        if any(s.targets[0] in self.due[t] for s in self.sets):
+            self._decide_units(fraction, self.due[t])
+        self.elements.decide(t, fraction, self.due[t], self.context.projection.latent, self.grads)
+        self.grads = {}
+        if t in self.schedule:
+            for listener in self.listeners.values():
+                listener.statistic.reset()
         self._close_listeners_after(t)
         mark = self._put_on(t)
+        if self.history and self.history[-1][0] not in self.schedule:
+            self.history.pop()  # of the decisions beside the schedule the last one is told
         self.history.append((t, self.sparse_ratio(), mark))
 
-    def _decide_units(self, fraction: float) -> None:
+    def _decide_units(self, fraction: float, due: Mapping[str, Metric]) -> None:
         scores = self._unit_scores()
         bases = [0]
         for s in self.sets:
@@ -152,11 +157,15 @@ class Pruner(Method):
             members = [i for i, s in enumerate(self.sets) if s.setting.global_group_id == gid]
             for i, price in zip(members, group.prices(), strict=True):
                 scores[i] = torch.where(price > 0, scores[i].double() / price, torch.inf).float()  # no gain: keep
-        ranked = [Ranked.of(*item) for item in zip(scores, self.removed, bases, strict=False)]
+        anew = [not self.scorers[s.targets[0]].stays_removed for s in self.sets]
+        stay = [torch.zeros_like(gone) if new else gone for new, gone in zip(anew, self.removed, strict=True)]
+        ranked = [Ranked.of(*item) for item in zip(scores, stay, bases, strict=False)]
         for i, (s, units) in enumerate(zip(self.sets, ranked, strict=True)):
-            if s.setting.global_group_id is None:
+            if s.setting.global_group_id is None and s.targets[0] in due:
                 self.removed[i] = torch.from_numpy(decide_alone(s, units, scores[i], fraction))
         for gid, group in self.budgets.items():
+            if group.sets[0].targets[0] not in due:
+                continue
             members = [i for i, s in enumerate(self.sets) if s.setting.global_group_id == gid]
             for i, removed in zip(members, group.spend([ranked[i] for i in members], fraction), strict=True):
                 self.removed[i] = torch.from_numpy(removed)
@@ -207,10 +216,17 @@ class Pruner(Method):
     def _put_on(self, step: int) -> str:
         """Hand the masks to the projection. Returns their fingerprint, equal on all ranks. Collective."""
         masks, projection = self.masks(), self.context.projection
+        soft = self.elements.decays(self.scorers) if self.frozen is None else {}
         for name, mask in masks.items():
-            if not bool(mask.all()):
-                projection.add(name, "mask", _zeroing(~mask))
-                projection.mask_grad(name, mask)
+            if bool(mask.all()):
+                projection.remove(name, "mask")
+                projection.mask_grad(name, None)
+                projection.decay_masked(name, None)
+                continue
+            projection.add(name, "mask", _zeroing(~mask))
+            own, decay = soft.get(name, (None, 0.0))
+            projection.mask_grad(name, mask if own is None else mask | ~own)
+            projection.decay_masked(name, own, decay)
         mark = masking.fingerprint(self.context.model, masks)
         comm.check_equal("pruning masks", mark, step)
         return mark
@@ -225,6 +241,7 @@ class Pruner(Method):
                 projection.latent(name).masked_fill_(~mask, 0)
                 projection.remove(name, "mask")
                 projection.mask_grad(name, None)
+                projection.decay_masked(name, None)
         self.frozen = {name: mask.expand(model.get_parameter(name).shape) for name, mask in masks.items()}
         for listener in self.listeners.values():
             listener.close()
@@ -307,7 +324,7 @@ class Pruner(Method):
                 )
 
     def _close_listeners_after(self, t: int) -> None:
-        if t == max(self.schedule):
+        if t == max(self.due):
             for listener in self.listeners.values():
                 listener.close()
 
@@ -327,10 +344,6 @@ def _scorers(settings: list[Setting]) -> dict[str, Metric]:
         if name not in built:
             keys = [setting.sources.get(key, "pruning") for key in ("method", "options")]
             built[name] = build_metric(setting.method, setting.options, *keys)
-        if missing := built[name].missing(not setting.by_units):
-            raise UserError(
-                f"{setting.name}: {setting.said_by('granularity')} needs `{missing[0]}` of method "
-                f"{setting.method!r}, which does not define it. Define it, or choose another granularity or method."
-            )
+        check_method(setting, built[name])
         scorers[setting.name] = built[name]
     return scorers

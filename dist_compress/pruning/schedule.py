@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 from dist_compress.config import ScheduleConfig
 from dist_compress.duration import duration
 from dist_compress.errors import UserError
+from dist_compress.pruning.metric import Metric
+from dist_compress.pruning.setting import Setting
 
 _CURVES: dict[str, Callable[[float, float], float]] = {  # of the progress p in (0, 1] and the final ratio s below 1
     "one_shot": lambda p, s: 1.0,
@@ -63,6 +65,32 @@ def decisions(
     if sorted(plan.values()) != list(plan.values()):
         raise UserError(f"{_KEY}.name={schedule.name!r}: fractions must not fall, got {list(plan.values())}.")
     return _leave_a_step(plan, schedule, total_steps, data_driven)
+
+
+def due(
+    schedule: Mapping[int, float],
+    settings: Sequence[Setting],
+    scorers: Mapping[str, Metric],
+    total_steps: int,
+    steps_per_epoch: float,
+) -> dict[int, dict[str, Metric]]:
+    """{t: {target: its metric}} of all that is decided at t, t ascending: everything at the decisions of the schedule,
+    between and after them what decides more often."""
+    plan = {t: dict(scorers) for t in schedule}
+    asked: dict[int, list[int]] = {}  # by metric, which targets share
+    for setting in settings:
+        if setting.align is not None:
+            continue
+        metric, root = scorers[setting.name], setting.sources.get("options", "pruning")
+
+        def steps(value: float | str, option: str, root: str = root) -> int:
+            return duration(value, f"{root}.options.{option}", total_steps, steps_per_epoch)
+
+        if id(metric) not in asked:
+            asked[id(metric)] = [t for t in metric.updates(min(schedule), steps) if t <= total_steps]
+        for t in asked[id(metric)]:
+            plan.setdefault(t, {})[setting.name] = metric
+    return dict(sorted(plan.items()))
 
 
 def _leave_a_step(plan: dict[int, float], schedule: ScheduleConfig, total_steps: int, method: str) -> dict[int, float]:

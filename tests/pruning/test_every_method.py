@@ -23,7 +23,8 @@ def entries(method):
         found = [{**entry, "granularity": "out_channel"} for entry in found]
     if not metric.missing(blocks=True):
         found.append({"op_names": ["a", "head"], "granularity": "element"})
-        found.append({"op_names": ["free"], "granularity": "2:4", "sparse_ratio": None})
+        kind = {"granularity": "element"} if metric.regrows else {"granularity": "2:4", "sparse_ratio": None}
+        found.append({"op_names": ["free"], **kind})
     return found
 
 
@@ -47,7 +48,7 @@ def run(method, stop=None, state=None):
 def test_decides_the_same_at_any_number_of_ranks_and_after_a_resume_at_another(ranks, method):
     assert NUM_MICRO % 4  # at 4 ranks some have no micro-batch in the last round
     history, masks, weights, _ = ranks(1, run, method)[0]
-    assert [t for t, *_ in history] == [2, 4] and not masks.all() and len({mark for *_, mark in history}) == 2
+    assert [t for t, *_ in history][:2] == [2, 4] and not masks.all() and len({mark for *_, mark in history}) > 1
     for size in (2, 3, 4):
         for found in ranks(size, run, method):
             assert found[0] == history and torch.equal(found[1], masks) and torch.equal(found[2], weights)

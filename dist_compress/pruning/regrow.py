@@ -1,0 +1,45 @@
+"""Exchange of weights at constant sparsity: drop some of those that are kept, then let as many others come back.
+
+As in RigL (Evci et al. 2020, arXiv:1911.11134, section 3), but exactly so at any number of ranks: both choices are a
+radix select over all blocks of the group (pruning/select.py). What was just dropped may come back at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import torch
+
+from dist_compress.pruning.select import Group, select
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What a group of a single shard exchanges. `cost` is the same on every rank."""
+
+    cost: int  # of what goes and comes back
+    growth: torch.Tensor  # float [n] of this rank's blocks, highest come back first
+
+
+def swapped(fraction: float, kept: int, cost: int) -> int:
+    """The cost of the `fraction` of what is kept, in whole blocks of `cost`, rounded down."""
+    return math.floor(Fraction(str(fraction)) * (kept // cost)) * cost
+
+
+def select_swapping(groups: Sequence[Group], swaps: Mapping[str, Swap]) -> list[list[torch.Tensor]]:
+    """As `select`: what is removed of each shard of each group once those named in `swaps` have made their exchange.
+    Collective."""
+    more = {name: swap.cost for name, swap in swaps.items() if swap.cost}
+    chosen = select([replace(g, target=g.target + more.get(g.name, 0)) for g in groups])
+    growing = []
+    for group, masks in zip(groups, chosen, strict=True):
+        if group.name in more:
+            [shard], [gone] = group.shards, masks
+            scores = swaps[group.name].growth.float().clamp(max=torch.finfo(torch.float32).max)
+            scores = scores.masked_fill(~gone, torch.inf)  # what is kept stays
+            growing.append(replace(group, shards=[replace(shard, scores=scores)]))
+    back = iter(select(growing))
+    return [next(back) if group.name in more else masks for group, masks in zip(groups, chosen, strict=True)]
