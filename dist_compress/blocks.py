@@ -94,6 +94,13 @@ class Blocks:
                 _check_divides(shape, dim, size, what)
         return cls(tuple(shape), tuple(n if k == -1 else k for n, k in zip(shape, sizes, strict=True)))
 
+    @classmethod
+    def in_rows(cls, shape: Sequence[int], kind: str) -> Blocks:
+        """Single weights of a layer of class `kind`, those of one output decided together."""
+        dim = channel_dim(kind, len(shape), "in_channel")
+        out = channel_dim(kind, len(shape), "out_channel")
+        return cls(tuple(shape), (1,) * len(shape), dim, math.prod(shape) // shape[out])
+
     @property
     def num(self) -> int:
         return math.prod(self.shape) // self.size

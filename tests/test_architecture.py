@@ -25,7 +25,7 @@ LAYERS = [
     ["config_list"],
     ["sites"],
     ["projection", "statistic", "tracing"],
-    ["fingerprint", "target", "selection", "blocks", "comm"],
+    ["fingerprint", "target", "selection", "blocks", "linear_form", "comm"],
     ["duration", "hashing"],
     ["config"],
     ["errors"],

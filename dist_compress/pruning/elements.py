@@ -2,13 +2,13 @@
 
 Each rank owns a slice of every tensor's blocks. What it decides for its slice reaches the others as packed bits, so
 replicated masks have equal bits even if replicas had drifted apart. A threshold becomes a count, which needs one more
-sum over the ranks; then it is a ratio like any other. N:M patterns are decided where they lie.
+sum over the ranks; then it is a ratio like any other. N:M patterns and rows are decided where they lie.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -36,6 +36,7 @@ class BlockTensor:
     cost: int  # of one block, in the currency of its global group
     setting: Setting
     blocks: Blocks
+    in_runs: bool = False  # the ratio holds in each run of `blocks.group`, which is decided where it lies
 
     @property
     def num(self) -> int:
@@ -56,7 +57,15 @@ class Elements:
     """All targets by blocks. `removed` is the decision so far: {parameter: bool [num blocks]}, the same on every
     rank."""
 
-    def __init__(self, settings: Sequence[Setting], model: nn.Module, coupling: Coupling, compute: str) -> None:
+    def __init__(
+        self,
+        settings: Sequence[Setting],
+        model: nn.Module,
+        coupling: Coupling,
+        compute: str,
+        metrics: Mapping[str, Metric],
+    ) -> None:
+        """`metrics` by target. Raises UserError."""
         names, starts = owners(model), offsets(model)
         macs = {layer.fqn: layer.macs for layer in coupling.layers}
         self.removed: dict[str, torch.Tensor] = {}
@@ -73,6 +82,9 @@ class Elements:
             weight = model.get_parameter(name)
             kind = type(model.get_submodule(setting.module)).__name__
             blocks = Blocks.of(setting.granularity, weight.shape, kind, f"{setting.name}: granularity")
+            by_rows = metrics[setting.name].by_rows and _by_rows(setting)
+            if by_rows:
+                blocks = Blocks.in_rows(weight.shape, kind)
             self.removed[name] = torch.zeros(blocks.num, dtype=torch.bool, device=weight.device)
             in_macs = compute == "macs" and setting.global_group_id is not None
             if in_macs and (setting.target != "weight" or macs.get(setting.module, 0) < weight.numel()):
@@ -81,11 +93,12 @@ class Elements:
                     f"({setting.said_by('global_group_id')}). Use params."
                 )
             each = macs[setting.module] // weight.numel() if in_macs else 1
-            tensor = BlockTensor(name, starts[name], each * blocks.size, setting, blocks)
+            in_runs = by_rows or setting.pattern is not None
+            tensor = BlockTensor(name, starts[name], each * blocks.size, setting, blocks, in_runs)
             group = f"global_group_id={setting.global_group_id!r}" if setting.global_group_id else setting.name
             self.groups.setdefault(group, []).append(tensor)
         for tensors in self.groups.values():
-            if _has_ratio(tensors[0].setting):
+            if _has_ratio(tensors[0]):
                 _target(tensors, 1.0)
 
     def tensors(self) -> list[BlockTensor]:
@@ -97,9 +110,10 @@ class Elements:
         fraction: float,
         metrics: Mapping[str, Metric],
         latent: Callable[[str], torch.Tensor],
-        grads: Mapping[str, torch.Tensor],
+        heard: Mapping[str, torch.Tensor],
     ) -> None:
-        """Update `removed` of the targets in `metrics`. Collective. `grads` holds this rank's blocks of gradients."""
+        """Update `removed` of the targets in `metrics`. Collective. `heard`, by parameter, is what data says of
+        this rank's blocks."""
         deciding = {name: members for name, members in self.groups.items() if members[0].setting.name in metrics}
         tensors = [tensor for members in deciding.values() for tensor in members]
         if not tensors:
@@ -109,26 +123,26 @@ class Elements:
             start, end = tensor.owned()
             rows = tensor.rows(latent)
             metric = metrics[tensor.setting.name]
-            scores = metric.block_scores(rows, grads.get(tensor.name)).float()
+            scores = metric.block_scores(rows, heard.get(tensor.name)).float()
             if metric.stays_removed:
                 scores = scores.masked_fill(self.removed[tensor.name][start:end], -torch.inf)
             shards[tensor.name] = Shard(tensor.setting.name, tensor.base + start, scores, tensor.cost)
         counts = _count_below(tensors, shards, fraction)
         groups, swaps = [], {}
         for name, members in deciding.items():
-            if not members[0].setting.pattern:
+            if not members[0].in_runs:
                 target, bounds = counts.get(members[0].name), {}
                 if target is None:
                     target, bounds = _target(members, fraction)
                 own = [shards[t.name] for t in members]
                 groups.append(Group(name, target, [s.module for s in own], own, bounds))
                 metric, head = metrics[members[0].setting.name], members[0]
-                if metric.regrows and head.name in grads:
+                if metric.regrows and head.name in heard:
                     rows, total = head.rows(latent), head.num * head.cost
-                    growth = metric.growth_scores(rows, grads[head.name])
+                    growth = metric.growth_scores(rows, heard[head.name])
                     swaps[name] = Swap(swapped(metric.exchanged(t), total - target, head.cost), growth)
         chosen = iter([mask for masks in select_swapping(groups, swaps) for mask in masks])
-        parts = [_pattern(t, shards[t.name], fraction) if t.setting.pattern else next(chosen) for t in tensors]
+        parts = [_in_runs(t, shards[t.name], fraction) if t.in_runs else next(chosen) for t in tensors]
         bits = gather_bits(parts, [t.num for t in tensors], [t.blocks.group for t in tensors])
         for tensor, removed in zip(tensors, bits, strict=True):
             if metrics[tensor.setting.name].regrows:
@@ -154,8 +168,14 @@ class Elements:
         return gone / sum(t.num * t.cost for t in tensors)
 
 
-def _has_ratio(setting: Setting) -> bool:
-    return setting.sparse_threshold is None and not setting.pattern
+def _by_rows(setting: Setting) -> bool:
+    """Whether single weights can compete in each row: nothing else is asked for."""
+    asked = setting.sparse_threshold is not None or setting.global_group_id is not None
+    return setting.granularity == "element" and setting.target == "weight" and not asked
+
+
+def _has_ratio(tensor: BlockTensor) -> bool:
+    return tensor.setting.sparse_threshold is None and not tensor.in_runs
 
 
 def _target(tensors: Sequence[BlockTensor], fraction: float) -> tuple[int, dict[str, tuple[int, int]]]:
@@ -182,9 +202,9 @@ def _target(tensors: Sequence[BlockTensor], fraction: float) -> tuple[int, dict[
 
 
 def _count_below(tensors: Sequence[BlockTensor], shards: Mapping[str, Shard], fraction: float) -> dict[str, int]:
-    """{parameter: cost to remove} of the targets with a threshold. Collective if any target has one or is a pattern,
-    whose NaN scores it refuses."""
-    local = [t for t in tensors if not _has_ratio(t.setting)]
+    """{parameter: cost to remove} of the targets with a threshold. Collective if any target has one or is decided in
+    runs, whose NaN scores it refuses."""
+    local = [t for t in tensors if not _has_ratio(t)]
     if not local:
         return {}
     rows = []
@@ -206,30 +226,16 @@ def _count_below(tensors: Sequence[BlockTensor], shards: Mapping[str, Shard], fr
     return counts
 
 
-def _pattern(tensor: BlockTensor, shard: Shard, fraction: float) -> torch.Tensor:
-    """bool [owned]: the least important of each M consecutive weights, as many as are due. Local."""
-    assert tensor.setting.pattern
-    keep, of = tensor.setting.pattern
-    count = math.floor(Fraction(str(fraction)) * (of - keep))
+def _in_runs(tensor: BlockTensor, shard: Shard, fraction: float) -> torch.Tensor:
+    """bool [owned]: the least important of each run, a row or M consecutive weights, as many as are due. Local."""
+    size = tensor.blocks.group
+    if tensor.setting.pattern:
+        keep, of = tensor.setting.pattern
+        count = math.floor(Fraction(str(fraction)) * (of - keep))
+    else:
+        count = math.floor(share(tensor.setting.sparse_ratio, fraction) * size)
     index = shard.base + torch.arange(len(shard.scores), device=shard.scores.device)
-    by_tie = tie_key(index).view(-1, of).argsort(1)
-    order = by_tie.gather(1, score_key(shard.scores).view(-1, of).gather(1, by_tie).argsort(stable=True, dim=1))
+    by_tie = tie_key(index).view(-1, size).argsort(1)
+    order = by_tie.gather(1, score_key(shard.scores).view(-1, size).gather(1, by_tie).argsort(stable=True, dim=1))
     gone = torch.zeros_like(order, dtype=torch.bool)
     return gone.scatter_(1, order[:, :count], True).flatten()
-
-
-def keep_gradients(elements: Elements, model: nn.Module, targets: Collection[str]) -> dict[str, torch.Tensor]:
-    """This rank's blocks of the reduced gradient of `targets`, by parameter, [owned, weights of a block]; zeros where
-    there is none. Local."""
-    grads = {}
-    for tensor in elements.tensors():
-        if tensor.setting.name not in targets:
-            continue
-        start, end = tensor.owned()
-        parameter = model.get_parameter(tensor.name)
-        grad = parameter.grad
-        if grad is None:
-            grads[tensor.name] = torch.zeros(end - start, tensor.blocks.size, device=parameter.device)
-        else:
-            grads[tensor.name] = tensor.blocks.rows(grad.detach())[start:end].clone()
-    return grads

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from dist_compress.errors import UserError
-from dist_compress.pruning.listener import Listener
+from dist_compress.pruning.listener import UnitListener
 from dist_compress.pruning.metric import Metric, slices
 from dist_compress.pruning.units import UnitSet
 from dist_compress.target import Member
 
 
-class Gates(Listener):
+class Gates(UnitListener):
     """dL/dz of a gate z = 1 on each unit, summed over the samples of a micro-batch."""
 
     def __init__(self, model: nn.Module, sets: Sequence[UnitSet], metrics: Sequence[Metric], num_micro: int) -> None:
@@ -40,6 +40,8 @@ class Gates(Listener):
     def _hook(self, parameter: nn.Parameter, uses: list[tuple[int, int, Member]]) -> Callable[[torch.Tensor], None]:
         @torch.no_grad()
         def keep(grad: torch.Tensor) -> None:
+            if not self.awake:
+                return
             product = grad.detach().double() * parameter.detach().double()
             for i, k, member in uses:
                 self.latest[i, k] = slices(product, member).sum(1)

@@ -1,6 +1,6 @@
 """What data-driven metrics hear during training, one micro-batch at a time.
 
-A listener keeps only sums per unit: neither activation, gradient nor graph lives on. The statistic has a slot per
+A listener keeps only sums: neither activation, gradient nor graph lives on. The statistic has a slot per
 micro-batch, so its total has equal bits at any number of ranks.
 """
 
@@ -18,14 +18,15 @@ from dist_compress.statistic import Statistic
 
 
 class Listener:
-    """Collects `metric.gate_statistic` of unit sets. Local but for `means`; subclasses put hooks on the model."""
+    """Adds up what a micro-batch says. Local but for totals; subclasses put hooks on the model."""
 
-    def __init__(self, model: nn.Module, sets: Sequence[UnitSet], metrics: Sequence[Metric], num_micro: int) -> None:
-        """`metrics[i]` belongs to `sets[i]`; all are data-driven and hear the same."""
-        self.sets, self.metrics, self.num_micro = sets, metrics, num_micro
-        self.latest: dict[tuple[int, int], torch.Tensor] = {}  # (set, gate) -> [units] or [samples, units]
+    def __init__(self, model: nn.Module, size: int, num_micro: int) -> None:
+        """`size`: of the statistic, a vector."""
+        self.num_micro = num_micro
+        self.latest: dict[Any, torch.Tensor] = {}  # what the hooks of this pass found
+        self.awake = True  # whether this step is heard; the hooks rest if not
         self.device = next(model.parameters()).device
-        self.statistic = Statistic(num_micro, sum(s.num_units for s in sets), self.device)
+        self.statistic = Statistic(num_micro, size, self.device)
         self.hooks: list[torch.utils.hooks.RemovableHandle] = [model.register_forward_pre_hook(self._begin)]
 
     @property
@@ -36,20 +37,18 @@ class Listener:
         """A pass begins: what an evaluation or a dummy round left behind is dropped."""
         self.latest.clear()
 
+    def parts(self) -> list[torch.Tensor]:
+        """What the last pass adds to the statistic, float64, `size` numbers in all."""
+        raise NotImplementedError
+
     def add(self, micro: int) -> None:
         """Micro-batch `micro` has just gone backward."""
-        parts = []
-        for i, (unit_set, metric) in enumerate(zip(self.sets, self.metrics, strict=True)):
-            found = [value for (s, _), value in sorted(self.latest.items(), key=lambda item: item[0]) if s == i]
-            zero = torch.zeros(unit_set.num_units, dtype=torch.float64, device=self.device)
-            parts.append(metric.gate_statistic(sum(found, start=zero)))
-        self.statistic.add(micro, torch.cat(parts))
+        self.statistic.add(micro, torch.cat(self.parts()))
         self.latest.clear()
 
-    def means(self) -> list[torch.Tensor]:
-        """For each set, float64 [num_units]: mean over the micro-batches since `reset`. Collective."""
-        mean = self.statistic.total() / max(1, self.statistic.count() * self.num_micro)
-        return list(mean.split([s.num_units for s in self.sets]))
+    def mean(self) -> torch.Tensor:
+        """float64 [size]: mean over the micro-batches since `reset`, the same on every rank. Collective."""
+        return self.statistic.total() / max(1, self.statistic.count() * self.num_micro)
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -57,3 +56,24 @@ class Listener:
             hook.remove()
         self.hooks = []
         self.latest.clear()
+
+
+class UnitListener(Listener):
+    """Collects `metric.gate_statistic` of unit sets, from `latest`: {(set, gate): [units] or [samples, units]}."""
+
+    def __init__(self, model: nn.Module, sets: Sequence[UnitSet], metrics: Sequence[Metric], num_micro: int) -> None:
+        """`metrics[i]` belongs to `sets[i]`; all are data-driven and hear the same."""
+        super().__init__(model, sum(s.num_units for s in sets), num_micro)
+        self.sets, self.metrics = sets, metrics
+
+    def parts(self) -> list[torch.Tensor]:
+        parts = []
+        for i, (unit_set, metric) in enumerate(zip(self.sets, self.metrics, strict=True)):
+            found = [value for (s, _), value in sorted(self.latest.items(), key=lambda item: item[0]) if s == i]
+            zero = torch.zeros(unit_set.num_units, dtype=torch.float64, device=self.device)
+            parts.append(metric.gate_statistic(sum(found, start=zero)))
+        return parts
+
+    def means(self) -> list[torch.Tensor]:
+        """For each set, float64 [num_units]: mean over the micro-batches since `reset`. Collective."""
+        return list(self.mean().split([s.num_units for s in self.sets]))

@@ -42,10 +42,13 @@ class Metric:
 
     granularity = "out_channel"  # what `granularity: default` means
     data_driven = False  # True: training is heard, so at least one step is needed before the first decision
-    hears = "gates"  # what a data-driven metric hears: "gates" (pruning/gates.py) or "outputs" (pruning/outputs.py)
+    # What a data-driven metric hears of units: "gates" (pruning/gates.py) or "outputs" (pruning/outputs.py); of blocks
+    # the gradient, or "inputs" (pruning/inputs.py).
+    hears = "gates"
     wants_gradients = False  # of "outputs", too
     stays_removed = True  # False: every decision is taken anew, and what was removed may return
     masked_decay: float | None = None  # None: no gradient for masked weights; else theirs, plus this times the weight
+    by_rows = False  # single weights compete with those of the same output only, unless a group or threshold is asked
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -57,14 +60,17 @@ class Metric:
     @property
     def hears_gradients(self) -> bool:
         """Scores of blocks want their gradient."""
-        return self.data_driven or self.regrows
+        return (self.data_driven and self.hears != "inputs") or self.regrows
 
     def missing(self, blocks: bool) -> list[str]:
         """Which methods the subclass lacks to score blocks of weights or units."""
-        heard = ["gate_statistic"] + ["output_statistic"] * (self.hears == "outputs")
-        needed = ["block_scores"] if blocks else ["unit_scores"] + heard * self.data_driven
         if not blocks and (self.regrows or self.masked_decay is not None):
             return ["unit_scores"]  # these train masks of weights
+        if self.hears == "inputs":
+            needed = ["block_scores", "input_statistic"] if blocks else ["unit_scores"]
+        else:
+            heard = ["gate_statistic"] + ["output_statistic"] * (self.hears == "outputs")
+            needed = ["block_scores"] if blocks else ["unit_scores"] + heard * self.data_driven
         lacks = [name for name in needed if getattr(type(self), name) is getattr(Metric, name)]
         by_blocks = not self.data_driven and type(self).block_scores is not Metric.block_scores
         return [name for name in lacks if not (name == "unit_scores" and by_blocks)]
@@ -80,6 +86,11 @@ class Metric:
     def output_statistic(self, output: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
         """float64 [samples, channels] from what a module put out, [samples, positions, channels], and the gradient of
         the loss with respect to it (only with `wants_gradients`)."""
+        raise NotImplementedError
+
+    def input_statistic(self, inputs: torch.Tensor) -> torch.Tensor:
+        """float64 [groups, features] from the inputs of a layer, [groups, tokens, features] (see `linear_form`). Summed
+        over the tokens: nothing that is not linear may come after."""
         raise NotImplementedError
 
     def unit_scores(self, view: View) -> torch.Tensor:
@@ -106,9 +117,10 @@ class Metric:
         """float [n], highest first, of n blocks: their weights without masks, and their dense gradient."""
         raise NotImplementedError
 
-    def block_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
-        """float [n] of n blocks of k weights, [n, k], and, when data-driven, their reduced gradient. A single weight
-        is a block of one. The score of a block must not depend on which blocks come with it."""
+    def block_scores(self, weight: torch.Tensor, heard: torch.Tensor | None) -> torch.Tensor:
+        """float [n] of n blocks of k weights, [n, k], and, when data-driven, of what was heard of each weight, [n, k]:
+        the reduced gradient of the last step, or the mean of `input_statistic` at the feature it is multiplied with. A
+        single weight is a block of one. The score of a block must not depend on which blocks come with it."""
         raise NotImplementedError
 
 

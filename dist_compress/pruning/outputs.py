@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_compress.pruning.listener import Listener
+from dist_compress.pruning.listener import UnitListener
 from dist_compress.pruning.metric import Metric
 from dist_compress.pruning.units import UnitSet
 
 _CHANNELS_LAST = ("Linear", "LayerNorm", "RMSNorm", "Embedding", "Conv1D")  # the last: transformers'
 
 
-class Outputs(Listener):
+class Outputs(UnitListener):
     """`metric.output_statistic` of each unit and sample, summed over the places of its set."""
 
     def __init__(self, model: nn.Module, sets: Sequence[UnitSet], metrics: Sequence[Metric], num_micro: int) -> None:
@@ -36,7 +36,7 @@ class Outputs(Listener):
 
     def _hook(self, uses: list[tuple[int, int, torch.Tensor]]) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            if not torch.is_grad_enabled():  # an evaluation
+            if not (self.awake and torch.is_grad_enabled()):  # without gradients: an evaluation
                 return
             heard = [use for use in uses if not self.metrics[use[0]].wants_gradients]
             self._add(heard, _by_sample(module, output.detach()), None)
@@ -48,9 +48,7 @@ class Outputs(Listener):
         return keep
 
     @torch.no_grad()
-    def _add(
-        self, uses: list[tuple[int, int, torch.Tensor]], output: torch.Tensor, grad: torch.Tensor | None
-    ) -> None:
+    def _add(self, uses: list[tuple[int, int, torch.Tensor]], output: torch.Tensor, grad: torch.Tensor | None) -> None:
         for i, k, index in uses:
             statistic = self.metrics[i].output_statistic(output, grad)[:, index].sum(2)  # [samples, units]
             old = self.latest.get((i, k))

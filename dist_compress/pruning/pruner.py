@@ -22,11 +22,12 @@ from dist_compress.method import Context, Method
 from dist_compress.pruning import mask as masking
 from dist_compress.pruning import results
 from dist_compress.pruning.aligning import align, check_aligned
+from dist_compress.pruning.block_data import BlockData
 from dist_compress.pruning.checks import check_method
 from dist_compress.pruning.config_list import resolve
-from dist_compress.pruning.elements import Elements, keep_gradients
+from dist_compress.pruning.elements import Elements
 from dist_compress.pruning.gates import Gates
-from dist_compress.pruning.listener import Listener
+from dist_compress.pruning.listener import Listener, UnitListener
 from dist_compress.pruning.metric import Metric, View, build_metric
 from dist_compress.pruning.outputs import Outputs
 from dist_compress.pruning.schedule import decisions, due
@@ -35,7 +36,7 @@ from dist_compress.pruning.sparsity import Budget, Ranked, budget, decide_alone
 from dist_compress.pruning.units import collect
 
 Masks = dict[str, torch.Tensor]
-_LISTENERS: dict[str, type[Listener]] = {"gates": Gates, "outputs": Outputs}  # by `Metric.hears`
+_LISTENERS: dict[str, type[UnitListener]] = {"gates": Gates, "outputs": Outputs}  # by `Metric.hears`
 
 
 def build(config: Config) -> list[Method]:
@@ -60,7 +61,7 @@ class Pruner(Method):
         self.settings = resolve(self.config, model)
         self.scorers = _scorers(self.settings)
         self.sets, self.kept = collect(self.settings, context.coupling, model)
-        self.elements = Elements(self.settings, model, context.coupling, self.config.compute)
+        self.elements = Elements(self.settings, model, context.coupling, self.config.compute, self.scorers)
         if not self.sets and not self.elements.groups:
             reasons = "; ".join(f"{k.name}: {k.reason}" for k in self.kept[:10]) or "All it names is aligned"
             raise UserError(
@@ -91,7 +92,7 @@ class Pruner(Method):
         for i, s in enumerate(self.sets):
             if self.scorers[s.targets[0]].data_driven:
                 self.driven.setdefault(self.scorers[s.targets[0]].hears, []).append(i)
-        self.listeners = {
+        self.unit_listeners = {
             heard: _LISTENERS[heard](
                 model,
                 [self.sets[i] for i in mine],
@@ -100,7 +101,11 @@ class Pruner(Method):
             )
             for heard, mine in sorted(self.driven.items())
         }
-        self.grads: Masks = {}
+        self.block_data = BlockData(self.elements, model, self.scorers, context.num_micro)
+        self.listeners: dict[str, Listener] = {**self.unit_listeners}
+        if self.block_data.inputs:
+            self.listeners["inputs"] = self.block_data.inputs
+        self._listen(0)
 
     def _budgets(self) -> dict[str, Budget]:
         """One for each global group of channels."""
@@ -120,13 +125,18 @@ class Pruner(Method):
             if listener.active and step >= self.listen_from:
                 listener.add(micro)
 
+    def _listen(self, step: int) -> None:
+        """Let the hooks work in step `step` only if it is heard."""
+        for listener in self.listeners.values():
+            listener.awake = step >= self.listen_from
+
     def before_step(self, step: int) -> None:
         if self.frozen is None and step < max(self.schedule):
             for i, s in enumerate(self.sets):
                 self.scorers[s.targets[0]].edit_gradients(self._view(i), self._gradient)
         if self.frozen is None and step + 1 in self.due:
-            heard = [s.name for s in self.settings if (m := self.due[step + 1].get(s.name)) and m.hears_gradients]
-            self.grads = keep_gradients(self.elements, self.context.model, heard)
+            self.block_data.keep_gradients(self.due[step + 1])
+        self._listen(step + 1)
 
     def after_step(self, step: int) -> None:
         if self.frozen is None and step + 1 in self.due:
@@ -137,8 +147,8 @@ class Pruner(Method):
         fraction = self.schedule[max(s for s in self.schedule if s <= t)]
         if any(s.targets[0] in self.due[t] for s in self.sets):
             self._decide_units(fraction, self.due[t])
-        self.elements.decide(t, fraction, self.due[t], self.context.projection.latent, self.grads)
-        self.grads = {}
+        heard = self.block_data.heard(self.due[t])
+        self.elements.decide(t, fraction, self.due[t], self.context.projection.latent, heard)
         if t in self.schedule:
             for listener in self.listeners.values():
                 listener.statistic.reset()
@@ -173,7 +183,7 @@ class Pruner(Method):
     def _unit_scores(self) -> list[torch.Tensor]:
         """float32 [num_units] of each set, on the CPU, the same on every rank. Collective."""
         means: dict[int, torch.Tensor] = {}
-        for heard, listener in self.listeners.items():
+        for heard, listener in self.unit_listeners.items():
             means |= dict(zip(self.driven[heard], listener.means(), strict=True))
         sizes = [s.num_units for s in self.sets]
         device = next(self.context.model.parameters()).device
@@ -315,6 +325,7 @@ class Pruner(Method):
         self.elements.removed = {n: e.to(self.elements.removed[n].device) for n, e in elements.items()}
         for heard, listener in self.listeners.items():
             listener.statistic.load_state_dict(state["statistics"][heard])
+            listener.awake = True
         if self.history:
             t, _, mark = self.history[-1]
             self._close_listeners_after(t)

@@ -15,5 +15,5 @@ class Options:
 
 
 class L1Norm(Metric):
-    def block_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+    def block_scores(self, weight: torch.Tensor, heard: torch.Tensor | None) -> torch.Tensor:
         return weight.abs().sum(1, dtype=torch.float64)

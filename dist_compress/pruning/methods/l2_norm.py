@@ -15,5 +15,5 @@ class Options:
 
 
 class L2Norm(Metric):
-    def block_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+    def block_scores(self, weight: torch.Tensor, heard: torch.Tensor | None) -> torch.Tensor:
         return weight.double().square().sum(1).sqrt()

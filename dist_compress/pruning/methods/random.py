@@ -22,7 +22,7 @@ class Random(Metric):
     def unit_scores(self, view: View) -> torch.Tensor:
         return self.block_scores(torch.cat(view.weights(), 1), None)
 
-    def block_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+    def block_scores(self, weight: torch.Tensor, heard: torch.Tensor | None) -> torch.Tensor:
         bits = _bits(weight)
         return uniform(splitmix64(bits + torch.arange(bits.shape[1], device=bits.device)).sum(1), self.options.seed)
 

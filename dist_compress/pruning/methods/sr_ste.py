@@ -42,5 +42,5 @@ class SrSte(Metric):
     def updates(self, first: int, steps: Callable[[float | str, str], int]) -> Iterable[int]:
         return range(first + self.options.every, steps(self.options.until, "until") + 1, self.options.every)
 
-    def block_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+    def block_scores(self, weight: torch.Tensor, heard: torch.Tensor | None) -> torch.Tensor:
         return weight.abs().sum(1, dtype=torch.float64)

@@ -30,6 +30,6 @@ class Taylor(Metric):
         assert view.statistic is not None
         return view.statistic
 
-    def block_scores(self, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
-        assert grad is not None
-        return (weight.double() * grad.double()).sum(1).abs()
+    def block_scores(self, weight: torch.Tensor, heard: torch.Tensor | None) -> torch.Tensor:
+        assert heard is not None
+        return (weight.double() * heard.double()).sum(1).abs()

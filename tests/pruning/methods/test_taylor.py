@@ -74,7 +74,7 @@ def test_single_weights_and_blocks_equal_an_independent_computation_in_float64()
     wanted[1] = wanted[1].view(5, 2, 2, 4).sum((1, 3))
     for tensor, want in zip(pruner.elements.tensors(), wanted, strict=True):
         rows = tensor.blocks.rows(model.get_parameter(tensor.name).detach())
-        scores = pruner.scorers[tensor.setting.name].block_scores(rows, pruner.grads[tensor.name])
+        scores = pruner.scorers[tensor.setting.name].block_scores(rows, pruner.block_data.gradients[tensor.name])
         torch.testing.assert_close(scores, want.abs().flatten(), rtol=1e-6, atol=0.0)
 
 
