@@ -47,6 +47,7 @@ class Metric:
     hears = "gates"
     wants_gradients = False  # of "outputs", too
     stays_removed = True  # False: every decision is taken anew, and what was removed may return
+    distribution = "uniform"  # of a ratio over targets decided one by one, or "erk": see pruning/distribution.py
     masked_decay: float | None = None  # None: no gradient for masked weights; else theirs, plus this times the weight
     by_rows = False  # single weights compete with those of the same output only, unless a group or threshold is asked
 

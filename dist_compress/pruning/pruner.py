@@ -25,6 +25,7 @@ from dist_compress.pruning.aligning import align, check_aligned
 from dist_compress.pruning.block_data import BlockData
 from dist_compress.pruning.checks import check_method
 from dist_compress.pruning.config_list import resolve
+from dist_compress.pruning.distribution import distribute
 from dist_compress.pruning.elements import Elements
 from dist_compress.pruning.gates import Gates
 from dist_compress.pruning.listener import Listener, UnitListener
@@ -60,6 +61,7 @@ class Pruner(Method):
         self.context, model = context, context.model
         self.settings = resolve(self.config, model)
         self.scorers = _scorers(self.settings)
+        distribute(self.settings, self.scorers, model)
         self.sets, self.kept = collect(self.settings, context.coupling, model)
         self.elements = Elements(self.settings, model, context.coupling, self.config.compute, self.scorers)
         if not self.sets and not self.elements.groups:
@@ -81,7 +83,7 @@ class Pruner(Method):
             context.total_steps,
             context.steps_per_epoch,
             driven[0].method if driven else "",
-            max((s.sparse_ratio for s in self.settings if not s.align), default=0.0),
+            max((float(s.sparse_ratio) for s in self.settings if not s.align), default=0.0),
         )
         first, *later = sorted(self.schedule)
         self.due = due(self.schedule, self.settings, self.scorers, context.total_steps, context.steps_per_epoch)

@@ -49,7 +49,7 @@ def _row(name: str, unit: str, setting: Setting, given: float) -> Row:
 
 def _asked(setting: Setting) -> float | None:
     """The ratio asked for; a threshold asks for none."""
-    return None if setting.sparse_threshold is not None else setting.sparse_ratio
+    return None if setting.sparse_threshold is not None else float(setting.sparse_ratio)
 
 
 def asked_but_kept(

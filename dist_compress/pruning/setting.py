@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from dist_compress import config_list
@@ -28,7 +29,7 @@ class Setting(config_list.Setting):
     INHERITED = ("sparse_ratio", "method", "options")
 
     target: str = "weight"
-    sparse_ratio: float = 0.0
+    sparse_ratio: float | Fraction = 0.0
     sparse_threshold: float | None = None
     min_sparse_ratio: float = 0.0
     max_sparse_ratio: float = 1.0

@@ -27,7 +27,7 @@ from dist_compress.pruning.units import UnitSet
 from dist_compress.target import Coupling, LayerCost, Member
 
 
-def share(ratio: float, fraction: float = 1.0) -> Fraction:
+def share(ratio: float | Fraction, fraction: float = 1.0) -> Fraction:
     """ratio * fraction as the user wrote them: 0.29 of 100 is 29, where floats give 28."""
     return Fraction(str(ratio)) * Fraction(str(fraction))
 

@@ -12,11 +12,12 @@ from dist_compress.pruning.metric import build_metric
 METHODS = sorted(module.name for module in pkgutil.iter_modules(methods.__path__))
 SCHEDULE = {"name": "linear", "start": "2steps", "end": "4steps", "num_decisions": 2}
 STEPS = 5
+OPTIONS = {"rigl": {"every": 1, "until": 1.0}}  # where the usual ones are for long runs
 
 
 def entries(method):
     """What the method can score: coupled channels, channels of a bare layer, single weights, patterns, tiles."""
-    metric = build_metric(method, {}, "pruning")
+    metric = build_metric(method, OPTIONS.get(method, {}), "pruning")
     found = []
     if not metric.missing(blocks=False):
         found += [{"op_names": ["stem", "b"]}, {"op_names": ["a"]}] if method == "slim" else [{"op_types": ["Conv2d"]}]
@@ -30,7 +31,7 @@ def entries(method):
 
 def run(method, stop=None, state=None):
     """(history, masks and weights after it, state) of steps up to `stop`, going on from `state`."""
-    cfg = config(entries(method), method=method, schedule=SCHEDULE)
+    cfg = config(entries(method), method=method, options=OPTIONS.get(method, {}), schedule=SCHEDULE)
     pruner, model, projection = attach(cfg, Net(seed=9 if state else 0), total_steps=STEPS)
     if state:
         model.load_state_dict(state[0])
