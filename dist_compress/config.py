@@ -9,14 +9,14 @@ functions are local and give the same on every rank.
 from __future__ import annotations
 
 import difflib
-import types
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dist_compress import strict
 from dist_compress.errors import UserError
 
 T = TypeVar("T")
@@ -111,6 +111,35 @@ class PruningConfig:
 
 
 @dataclass
+class TeacherConfig:
+    mode: str = "online"  # online: each rank runs the teacher on its own samples
+    model: ModelConfig = field(default_factory=ModelConfig)  # with its weights
+    precision: str = "fp32"  # fp32 | bf16 | fp16: of the teacher's weights and forward passes
+
+
+@dataclass
+class RampConfig:
+    """From the value of the section to another one."""
+
+    name: str = "linear"  # linear | cosine
+    start: float | str = 0.0  # durations
+    end: float | str = 1.0
+    to: float | None = None  # the value from `end` on; None: it does not change
+
+
+@dataclass
+class DistillationConfig:
+    method: str | None = None  # a file of distillation/methods, or a dotted path; None: no distillation
+    options: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0  # of the distillation losses
+    weight_ramp: RampConfig = field(default_factory=RampConfig)
+    task_weight: float = 1.0  # of the task's own loss
+    temperature: float = 1.0
+    temperature_ramp: RampConfig = field(default_factory=RampConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+
+
+@dataclass
 class SpeedupConfig:
     enabled: bool = True
     at: float | str | None = None  # when to shrink; None: at the last pruning decision
@@ -152,6 +181,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     speedup: SpeedupConfig = field(default_factory=SpeedupConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: list[str] = field(default_factory=lambda: ["safetensors"])
@@ -163,6 +193,10 @@ class Config:
 _AT_LEAST: dict[str, float] = {
     "seed": 0,
     "model.num_classes": 1,
+    "distillation.teacher.model.num_classes": 1,
+    "distillation.weight": 0,
+    "distillation.weight_ramp.to": 0,
+    "distillation.task_weight": 0,
     "data.image_size": 1,
     "data.num_workers": 0,
     "train.max_steps": 0,
@@ -181,18 +215,26 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint.keep": 1,
     "launch.nproc_per_node": 1,
 }
-_ABOVE_ZERO = ("train.clip_norm", "optim.gamma", "backend.timeout_s", "speedup.tolerance")
+_ABOVE_ZERO = (
+    "train.clip_norm", "optim.gamma", "backend.timeout_s", "speedup.tolerance", "distillation.temperature",
+    "distillation.temperature_ramp.to",
+)  # fmt: skip
 _BELOW_ONE = ("pruning.sparse_ratio", "task.label_smoothing")  # and at least 0
 _CHOICES = {
     "data.augment": ("none", "pad_crop", "pad_crop_flip", "random_resized_crop"),
     "train.precision": ("fp32", "bf16"),
     "optim.schedule": ("constant", "cosine", "step"),
     "pruning.compute": ("channels", "params", "macs"),
+    "distillation.teacher.mode": ("online",),
+    "distillation.teacher.precision": ("fp32", "bf16", "fp16"),
+    "distillation.weight_ramp.name": ("linear", "cosine"),
+    "distillation.temperature_ramp.name": ("linear", "cosine"),
     "speedup.norm": ("keep", "exact", "plain"),
     "logger.name": ("wandb", "none"),
     "logger.mode": ("online", "offline", "disabled"),
 }
-_WITH_TARGET = ("model", "data", "task")  # sections where `_target_` names the user's own callable
+# Sections where `_target_` names the user's own callable.
+_WITH_TARGET = {"model": ModelConfig, "data": DataConfig, "task": TaskConfig, "distillation.teacher.model": ModelConfig}
 
 
 def load(composed: DictConfig | Mapping[str, Any]) -> Config:
@@ -204,9 +246,12 @@ def load(composed: DictConfig | Mapping[str, Any]) -> Config:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     assert isinstance(values, dict)
     values = {str(key): value for key, value in values.items()}
-    for section in _WITH_TARGET:
-        if isinstance(values.get(section), dict):
-            _gather_target(values[section], section)
+    for section, cls in _WITH_TARGET.items():
+        inner: Any = values
+        for name in section.split("."):
+            inner = inner.get(name) if isinstance(inner, dict) else None
+        if isinstance(inner, dict):
+            _gather_target(inner, section, cls)
     config = merge(Config, values, "")
     _check_ranges(config)
     return config
@@ -224,16 +269,10 @@ def to_yaml(config: Any) -> str:
 
 def merge(cls: type[T], values: Mapping[str, Any], key: str) -> T:
     """An instance of the dataclass `cls` from plain `values`, which lie under `key` of the user's config."""
-    hints = get_type_hints(cls)
-    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    for name in values:
-        if name not in names:
-            raise unknown_key(_join(key, str(name)), names)
-    converted = {name: _convert(hints[name], value, _join(key, name)) for name, value in values.items()}
     try:
-        return cls(**converted)
-    except TypeError as error:  # a field without default
-        raise UserError(f"{key}: {str(error).partition('() ')[2]}. Keys: {', '.join(names)}.") from None
+        return strict.merge(cls, values, key)
+    except strict.UnknownKey as error:
+        raise unknown_key(error.key, error.siblings) from None
 
 
 def unknown_key(key: str, siblings: list[str] | None = None) -> UserError:
@@ -243,7 +282,7 @@ def unknown_key(key: str, siblings: list[str] | None = None) -> UserError:
         return UserError(f"{key}: not set so far. Add it with +{key}=...")
     if siblings is None:
         siblings = [k.rpartition(".")[2] for k in _keys(Config) if k.rpartition(".")[0] == section]
-    close = [_join(section, n) for n in difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)]
+    close = [strict.join(section, n) for n in difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)]
     if not close:  # right name, wrong place
         close = [k for k in _keys(Config) if k.rpartition(".")[2] == name]
     if not close:
@@ -252,79 +291,26 @@ def unknown_key(key: str, siblings: list[str] | None = None) -> UserError:
     return UserError(f"{key}: no such key. {hint}")
 
 
-def _join(key: str, name: str) -> str:
-    return f"{key}.{name}" if key else name
-
-
 def _keys(cls: Any, key: str = "") -> Iterator[str]:
     """Full names of all fields, sections included."""
     for name, hint in get_type_hints(cls).items():
-        yield _join(key, name)
+        yield strict.join(key, name)
         if is_dataclass(hint):
-            yield from _keys(hint, _join(key, name))
+            yield from _keys(hint, strict.join(key, name))
 
 
 def _sections() -> set[str]:
     return {key.rpartition(".")[0] for key in _keys(Config)}
 
 
-def _gather_target(values: dict[str, Any], section: str) -> None:
+def _gather_target(values: dict[str, Any], section: str, cls: type) -> None:
     """Move `_target_` and the keys beside it that the section lacks into `target`, in place."""
     if "_target_" not in values:
         return
     if values.get("target"):
         raise UserError(f"{section}.target and {section}._target_ are both set. Keep one of them.")
-    known = get_type_hints(get_type_hints(Config)[section])
+    known = get_type_hints(cls)
     values["target"] = {name: values.pop(name) for name in list(values) if name not in known}
-
-
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the type `hint`: dataclasses, X | Y, list[X], dict[str, X], Any and the plain types."""
-    origin = get_origin(hint)
-    if hint is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        return _convert_union(hint, value, key)
-    if is_dataclass(hint) and isinstance(hint, type):
-        if not isinstance(value, Mapping):
-            keys = ", ".join(f.name for f in fields(hint))
-            raise _wrong_type(key, value, f"a section with the keys {keys}")
-        return merge(hint, value, key)
-    if origin is list and isinstance(value, list):
-        return [_convert(get_args(hint)[0], v, f"{key}[{i}]") for i, v in enumerate(value)]
-    if origin is dict and isinstance(value, Mapping):
-        return {str(k): _convert(get_args(hint)[1], v, _join(key, str(k))) for k, v in value.items()}
-    if isinstance(hint, type) and type(value) is hint:  # type(): a bool is no int here
-        return value
-    if hint in (float, str) and type(value) is int:  # `lr=1`, `group=7`: YAML's int is meant
-        return hint(value)
-    raise _wrong_type(key, value, _type_name(hint))
-
-
-def _convert_union(hint: Any, value: Any, key: str) -> Any:
-    """The first member that takes the value; a value keeps its own type where that is a member."""
-    members = get_args(hint)
-    if value is None and type(None) in members:
-        return None
-    for member in sorted((m for m in members if m is not type(None)), key=lambda m: m is not type(value)):
-        try:
-            return _convert(member, value, key)
-        except UserError:
-            if get_origin(member) and type(value) is get_origin(member):
-                raise  # names the place inside the list or mapping
-    raise _wrong_type(key, value, _type_name(hint))
-
-
-def _wrong_type(key: str, value: Any, expected: str) -> UserError:
-    return UserError(f"{key}={value!r}: expected {expected}, got {type(value).__name__}.")
-
-
-def _type_name(hint: Any) -> str:
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_type_name(h) for h in get_args(hint))
-    if hint is type(None):
-        return "null"
-    return hint.__name__ if get_origin(hint) is None else str(hint)
 
 
 def _select(config: Any, key: str) -> Any:

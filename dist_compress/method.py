@@ -49,10 +49,17 @@ class Context:
 class Method:
     """A technique. Every hook is optional; `state_dict` must be identical on every rank (gather before)."""
 
+    compresses = True  # False: it only adds losses; the model keeps its shape, and no decision is waited for
+
     def attach(self, context: Context) -> None: ...
 
-    def loss(self, step: int, batch: dict[str, Any], output: Any) -> torch.Tensor | None:
-        """Sum over the samples of the micro-batch; the loop divides by the global count."""
+    def loss(self, step: int, batch: dict[str, Any], output: Any) -> torch.Tensor | Tensors | None:
+        """Sum over the samples of the micro-batch; the loop divides by the global count. Several by their names, the
+        same at every call and on every rank, are logged one by one."""
+
+    def task_weight(self, step: int) -> float:
+        """What the loss of the task itself is multiplied by."""
+        return 1.0
 
     def after_backward(self, step: int, micro: int) -> None: ...
 

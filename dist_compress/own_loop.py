@@ -86,6 +86,11 @@ class Attached:
         self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.micro_batches, self.step_count, self.micro = micro_batches, 0, 0
         self.projection = Projection(self.model)
+        if config.distillation.method is not None:
+            raise UserError(
+                f"attach: distillation.method={config.distillation.method!r}: the losses of your loop are yours. Add "
+                "dist_compress.distillation.losses.divergence to them, and take distillation out of the recipe."
+            )
         self.methods: list[Method] = pruning.build(config)
         if not self.methods:
             raise UserError("attach: the recipe asks for nothing; set pruning.method and pruning.config_list.")

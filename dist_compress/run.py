@@ -17,7 +17,7 @@ import yaml
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from dist_compress import backends, comm, export, models, pruning, speedup
+from dist_compress import backends, comm, distillation, export, models, pruning, speedup
 from dist_compress.config import Config, to_yaml
 from dist_compress.duration import duration
 from dist_compress.errors import UserError
@@ -46,7 +46,7 @@ def run(config: Config) -> None:
     """
     job = Job(config)
     try:
-        if job.methods and job.trainer.phase != SMALL:
+        if job.compressors and job.trainer.phase != SMALL:
             job.train_dense()
             job.compress()
         job.fine_tune()
@@ -76,7 +76,8 @@ class Job:
         self.example = self.data.example(2)
         self.length = run_length(config, self.data.train.num_samples)
         self.projection = Projection(self.model)
-        self.methods = pruning.build(config)
+        self.methods = [*pruning.build(config), *distillation.build(config, self.teacher_model)]
+        self.compressors = [method for method in self.methods if method.compresses]
         self.plan: Plan | None = None
         self.coupling = Coupling()
         self.attach()
@@ -105,6 +106,17 @@ class Job:
         model = models.build(self.config.model, self.data.num_classes, self.config.seed)
         return self.placed(model)
 
+    def teacher_model(self) -> nn.Module:
+        """The network that a student learns from, with its weights, the same on every rank. Local."""
+        wanted = self.config.distillation.teacher.model
+        try:
+            model = models.build(wanted, self.data.num_classes, self.config.seed)
+        except UserError as error:
+            raise UserError(f"distillation.teacher: {error}") from None
+        if wanted.weights is not None:
+            models.load_weights(model, wanted.weights, "distillation.teacher.model.weights")
+        return self.placed(model)
+
     def placed(self, model: nn.Module) -> nn.Module:
         """On this rank's device, in the memory format of the run. Local."""
         model = model.to(comm.device())
@@ -116,7 +128,8 @@ class Job:
         """Trace the model on rank 0, hand the coupled units to every rank, attach the methods."""
         if not self.methods:
             return
-        self.coupling = comm.on_rank0(lambda: speedup.coupling(self.model, *self.example, **self.settings()))
+        if self.compressors:
+            self.coupling = comm.on_rank0(lambda: speedup.coupling(self.model, *self.example, **self.settings()))
         length = self.length
         context = Context(
             self.config, self.model, self.projection, self.coupling,
@@ -240,7 +253,7 @@ class Job:
         if self.length.total_steps and not checkpoint.has(self.run_dir, self.trainer.step):
             self.trainer.save()  # so that whatever stops the delivery, training is done
         metrics = self.evaluate()
-        if not self.methods:  # plain training, or evaluation alone
+        if not self.compressors:  # training alone, with or without a teacher, or evaluation alone
             self.outcome.before(self.model, metrics)
         self.outcome.after(self.model, metrics)
         self.projection.finish()

@@ -25,9 +25,10 @@ LAYERS = [
     ["config_list"],
     ["sites"],
     ["projection", "statistic", "tracing"],
-    ["fingerprint", "target", "selection", "blocks", "linear_form", "comm"],
+    ["fingerprint", "target", "selection", "blocks", "linear_form", "calling", "comm"],
     ["duration", "hashing"],
     ["config"],
+    ["strict"],
     ["errors"],
 ]
 LEVEL = {name: -i for i, names in enumerate(LAYERS) for name in names}

@@ -24,7 +24,7 @@ import pytest
 import torch
 import yaml
 
-from dist_compress import compose, config, pruning, selection
+from dist_compress import compose, config, pruning, selection, strict
 from dist_compress.blocks import NAMES
 from dist_compress.errors import UserError
 from dist_compress.method import Context
@@ -60,7 +60,7 @@ def rows(page: str) -> Iterator[list[str]]:
 
 def shown(hint: Any) -> str:
     """A type as the tables write it."""
-    name = config._type_name(hint)
+    name = strict.type_name(hint)
     name = DURATION.get(name, name)
     for long, short in SHOWN.items():
         name = name.replace(long, short)

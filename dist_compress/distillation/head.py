@@ -15,10 +15,8 @@ from typing import Any
 import torch
 
 from dist_compress import comm
-from dist_compress.distillation.losses import Divergence, loss_and_grad, reduction
+from dist_compress.distillation.losses import CHUNK_ELEMENTS, Divergence, loss_and_grad, reduction
 from dist_compress.errors import UserError
-
-CHUNK_ELEMENTS = 1 << 24  # of one chunk's logits: 128 MB of float32 for both models
 
 
 @dataclass(frozen=True)

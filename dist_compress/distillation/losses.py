@@ -26,6 +26,7 @@ import torch
 from dist_compress import comm
 from dist_compress.errors import UserError
 
+CHUNK_ELEMENTS = 1 << 24  # of logits that are worked on at once: 64 MB of float32
 KINDS = ("forward", "reverse", "jensen_shannon")
 Reduce = Callable[[torch.Tensor, str], torch.Tensor]
 

@@ -9,12 +9,8 @@ import torch
 from torch import nn
 
 from dist_compress import comm
+from dist_compress.calling import call
 from dist_compress.training.data.split import Split, prefetch
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """`inputs`: a tensor, or a dict of keyword arguments. Local."""
-    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
 
 
 def autocast(precision: str) -> AbstractContextManager[Any]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from dist_compress import comm
 from dist_compress.backends import Backend
+from dist_compress.calling import call
 from dist_compress.config import Config
 from dist_compress.method import Method
 from dist_compress.projection import Projection
@@ -25,7 +26,7 @@ from dist_compress.training import checkpoint, determinism, optim
 from dist_compress.training.batchnorm import BatchNormTracker
 from dist_compress.training.data import Data
 from dist_compress.training.data.stream import Feed, Stream
-from dist_compress.training.evaluation import as_row, autocast, call, evaluate
+from dist_compress.training.evaluation import as_row, autocast, evaluate
 from dist_compress.training.schedule import LearningRate, run_length
 from dist_compress.training.signals import Interrupted, StopRequest
 from dist_compress.training.task import add_losses
@@ -49,8 +50,7 @@ class Trainer:
         stream = Stream(num_samples, config.seed, train.global_batch_size, train.micro_batch_size)
         self.feed = Feed(data.train, stream, self.length.num_micro)
         self.step = 0
-        self.settled = False  # whether the decisions of this step boundary are taken
-        self.stop_agreed = False
+        self.settled = self.stop_agreed = False  # settled: the decisions of this step boundary are taken
         self.phase = "train"  # a word of the caller's, kept in the checkpoint
         self.stop = StopRequest()
         self._build()

@@ -7,12 +7,14 @@ number of ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from dist_compress.calling import logits
 from dist_compress.config import TaskConfig
 from dist_compress.errors import UserError
 from dist_compress.method import Method
@@ -49,20 +51,17 @@ class Classification:
         return F.cross_entropy(values.float(), batch["targets"], reduction="sum", label_smoothing=self.label_smoothing)
 
 
-def logits(output: Any) -> torch.Tensor:
-    """The logits [n, classes] of a plain tensor, a Hugging Face output or a torchvision namedtuple."""
-    return output if isinstance(output, torch.Tensor) else output.logits
-
-
 def add_losses(
     task: Any, methods: Sequence[Method], step: int, batch: dict[str, Any], output: Any
 ) -> dict[str, torch.Tensor]:
     """Sums over the samples: "loss" is what is minimised, then its parts when there are several. Local."""
-    parts = {"task_loss": task.loss(output, batch)}
+    weight = math.prod(method.task_weight(step) for method in methods)
+    parts = {"task_loss": task.loss(output, batch) * weight}
     for method in methods:
         loss = method.loss(step, batch, output)
         if loss is not None:
-            parts[f"{type(method).__name__.lower()}_loss"] = loss
+            name = f"{type(method).__name__.lower()}_loss"
+            parts |= loss if isinstance(loss, dict) else {name: loss}
     return {"loss": torch.stack(list(parts.values())).sum(), **(parts if len(parts) > 1 else {})}
 
 
