@@ -26,10 +26,11 @@ import yaml
 
 from dist_compress import compose, config, pruning, selection, strict
 from dist_compress.blocks import NAMES
+from dist_compress.config_list.entry import TARGETS
 from dist_compress.errors import UserError
 from dist_compress.method import Context
 from dist_compress.projection import Projection
-from dist_compress.pruning import entry, setting
+from dist_compress.pruning import setting
 from dist_compress.target import Coupling
 from dist_compress.training import checkpoint
 
@@ -92,7 +93,7 @@ def test_a_missing_key_would_be_seen():
 def test_the_pruning_page_has_every_key_of_the_config_list():
     found = {row[0]: row for row in rows(text("docs/pruning.md"))}
     said = {key.strip("` ") for row in found for key in row.split(",")}
-    assert said >= {*selection.SELECTORS, *selection.EXCLUDES, *entry.TARGETS, *setting.VALUES, *NAMES}
+    assert said >= {*selection.SELECTORS, *selection.EXCLUDES, *TARGETS, *setting.Setting.keys(), *NAMES}
     for key in dataclasses.fields(setting.Setting):
         if key.name in ("min_sparse_ratio", "max_sparse_ratio", "granularity", "dependency_group_id", "apply_method"):
             assert found[f"`{key.name}`"][2] == str(key.default)
