@@ -43,13 +43,17 @@ class Statistic:
         self._count = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Every slot in micro-batch order, float64 [M, size], the same on every rank. Collective."""
+        """Every slot in micro-batch order, float64 [M, size], or [M, 0] if nothing was added; the same on every rank.
+        Collective unless nothing was."""
+        if not self._count:
+            return {"slots": self._slots.new_zeros(self.num_micro, 0), "count": 0}
         slots = comm.all_gather(self._slots).transpose(0, 1).flatten(0, 1)[: self.num_micro]
         return {"slots": slots.contiguous(), "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take this rank's slots of a state saved at any number of ranks. Local."""
-        own = state["slots"][comm.rank() :: comm.world_size()]
         self._slots.zero_()
-        self._slots[: len(own)] = own
         self._count = int(state["count"])
+        if self._count:
+            own = state["slots"][comm.rank() :: comm.world_size()]
+            self._slots[: len(own)] = own

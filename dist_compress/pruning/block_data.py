@@ -1,4 +1,7 @@
-"""What data-driven methods hear of blocks of weights: the gradient of the last step, or sums over inputs."""
+"""What data-driven methods hear of blocks of weights: the gradient of the last step, or sums over inputs.
+
+The inputs of all layers that are scored are one statistic; each layer that is solved has its own, which is large.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,16 @@ class BlockData:
         self.gradients: dict[str, torch.Tensor] = {}
         for tensor in self.by_inputs:
             _check(tensor, model)
-        named = {t.setting.module: metrics[t.setting.name] for t in self.by_inputs}
-        self.inputs = Inputs(model, named, num_micro) if named else None
+        by_layer = {t.name: {t.setting.module: metrics[t.setting.name]} for t in self.by_inputs}
+        self.solved = [t for t in self.by_inputs if metrics[t.setting.name].solves]
+        self.by_inputs = [t for t in self.by_inputs if not metrics[t.setting.name].solves]
+        together = {layer: metric for t in self.by_inputs for layer, metric in by_layer[t.name].items()}
+        self.inputs = Inputs(model, together, num_micro) if together else None
+        self.alone = {t.name: Inputs(model, by_layer[t.name], num_micro) for t in self.solved}  # by parameter
+
+    def listeners(self) -> dict[str, Inputs]:
+        """By a name for the checkpoint."""
+        return ({"inputs": self.inputs} if self.inputs else {}) | {f"inputs {n}": x for n, x in self.alone.items()}
 
     def keep_gradients(self, targets: Collection[str]) -> None:
         """Take this rank's blocks of the reduced gradients of `targets`; zeros where there is none. Local."""

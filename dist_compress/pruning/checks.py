@@ -73,6 +73,14 @@ def check_method(setting: Setting, metric: Metric) -> None:
             f"{setting.name}: {setting.said_by('granularity')} needs `{missing[0]}` of method "
             f"{setting.method!r}, which does not define it. Define it, or choose another granularity or method."
         )
+    if metric.solves and not setting.pattern:
+        why = f"{setting.method} solves each layer by itself"
+        _refuse(setting, "method", ("global_group_id", "sparse_threshold"), why)
+        if setting.granularity != "element":
+            raise UserError(
+                f"{setting.name}: {setting.said_by('granularity')}: {setting.method} decides single weights. Use "
+                "granularity: element, or N:M such as '2:4'."
+            )
     if metric.regrows and setting.pattern:
         raise UserError(
             f"{setting.name}: {setting.said_by('granularity')}: {setting.method} exchanges weights anywhere in a "

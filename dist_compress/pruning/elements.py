@@ -112,9 +112,10 @@ class Elements:
         latent: Callable[[str], torch.Tensor],
         heard: Mapping[str, torch.Tensor],
     ) -> None:
-        """Update `removed` of the targets in `metrics`. Collective. `heard`, by parameter, is what data says of
-        this rank's blocks."""
-        deciding = {name: members for name, members in self.groups.items() if members[0].setting.name in metrics}
+        """Update `removed` of the targets in `metrics` that are scored. Collective. `heard`, by parameter, is what
+        data says of this rank's blocks."""
+        scored = {target for target, metric in metrics.items() if not metric.solves}
+        deciding = {name: members for name, members in self.groups.items() if members[0].setting.name in scored}
         tensors = [tensor for members in deciding.values() for tensor in members]
         if not tensors:
             return

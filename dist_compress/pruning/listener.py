@@ -51,11 +51,12 @@ class Listener:
         return self.statistic.total() / max(1, self.statistic.count() * self.num_micro)
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Take the hooks off and drop the sums."""
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
         self.latest.clear()
+        self.statistic = Statistic(self.num_micro, 0, self.device)
 
 
 class UnitListener(Listener):

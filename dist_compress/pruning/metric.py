@@ -59,6 +59,10 @@ class Metric:
         return type(self).growth_scores is not Metric.growth_scores
 
     @property
+    def solves(self) -> bool:
+        return type(self).solve is not Metric.solve
+
+    @property
     def hears_gradients(self) -> bool:
         """Scores of blocks want their gradient."""
         return (self.data_driven and self.hears != "inputs") or self.regrows
@@ -68,7 +72,7 @@ class Metric:
         if not blocks and (self.regrows or self.masked_decay is not None):
             return ["unit_scores"]  # these train masks of weights
         if self.hears == "inputs":
-            needed = ["block_scores", "input_statistic"] if blocks else ["unit_scores"]
+            needed = ["block_scores"] * (not self.solves) + ["input_statistic"] if blocks else ["unit_scores"]
         else:
             heard = ["gate_statistic"] + ["output_statistic"] * (self.hears == "outputs")
             needed = ["block_scores"] if blocks else ["unit_scores"] + heard * self.data_driven
@@ -90,8 +94,17 @@ class Metric:
         raise NotImplementedError
 
     def input_statistic(self, inputs: torch.Tensor) -> torch.Tensor:
-        """float64 [groups, features] from the inputs of a layer, [groups, tokens, features] (see `linear_form`). Summed
-        over the tokens: nothing that is not linear may come after."""
+        """float64 [groups, features] from the inputs of a layer, [groups, tokens, features] (see `linear_form`), or
+        [groups, features, features] where the method solves. A sum over the tokens, of which means are taken next."""
+        raise NotImplementedError
+
+    def solve(
+        self, weight: torch.Tensor, statistic: torch.Tensor, removed: torch.Tensor, number: int, run: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weights, bool removed) of a layer, both [rows, features]: `number` of each `run` consecutive weights go,
+        among them what is `removed` already, and the others may change. `weight` are those of before, `statistic` is
+        the mean of `input_statistic`, [features, features]. Local: one rank solves a layer. Raises LinAlgError if it
+        cannot."""
         raise NotImplementedError
 
     def unit_scores(self, view: View) -> torch.Tensor:

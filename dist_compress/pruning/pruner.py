@@ -33,6 +33,7 @@ from dist_compress.pruning.metric import Metric, View, build_metric
 from dist_compress.pruning.outputs import Outputs
 from dist_compress.pruning.schedule import decisions, due
 from dist_compress.pruning.setting import Setting
+from dist_compress.pruning.solving import solve
 from dist_compress.pruning.sparsity import Budget, Ranked, budget, decide_alone
 from dist_compress.pruning.units import collect
 
@@ -104,9 +105,7 @@ class Pruner(Method):
             for heard, mine in sorted(self.driven.items())
         }
         self.block_data = BlockData(self.elements, model, self.scorers, context.num_micro)
-        self.listeners: dict[str, Listener] = {**self.unit_listeners}
-        if self.block_data.inputs:
-            self.listeners["inputs"] = self.block_data.inputs
+        self.listeners: dict[str, Listener] = {**self.unit_listeners, **self.block_data.listeners()}
         self._listen(0)
 
     def _budgets(self) -> dict[str, Budget]:
@@ -149,8 +148,11 @@ class Pruner(Method):
         fraction = self.schedule[max(s for s in self.schedule if s <= t)]
         if any(s.targets[0] in self.due[t] for s in self.sets):
             self._decide_units(fraction, self.due[t])
-        heard = self.block_data.heard(self.due[t])
-        self.elements.decide(t, fraction, self.due[t], self.context.projection.latent, heard)
+        heard, latent = self.block_data.heard(self.due[t]), self.context.projection.latent
+        self.elements.decide(t, fraction, self.due[t], latent, heard)
+        if solved := [x for x in self.block_data.solved if x.setting.name in self.due[t]]:
+            alone, removed = self.block_data.alone, self.elements.removed
+            solve(solved, self.scorers, alone, self.context.model, removed, fraction, latent)
         if t in self.schedule:
             for listener in self.listeners.values():
                 listener.statistic.reset()
