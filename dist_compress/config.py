@@ -99,12 +99,32 @@ class ScheduleConfig:
 
 
 @dataclass
+class AtMostConfig:
+    """What the whole model may cost in the end; several hold at once. None: no limit."""
+
+    macs: float | None = None  # of one sample
+    params: float | None = None
+    latency_ms: float | None = None
+
+
+@dataclass
+class LatencyConfig:
+    """Where measured latencies come from, when something is asked in them."""
+
+    table: str | None = None  # a costs.json of another run or device; None: measured when the run starts
+    batch_size: int = 1
+    time_s: float = 20.0  # spent on measuring
+
+
+@dataclass
 class PruningConfig:
     method: str | None = None  # a file of pruning/methods, or a dotted path; None: no pruning
     options: dict[str, Any] = field(default_factory=dict)
     sparse_ratio: float | None = None  # inherited by entries that set none
+    at_most: AtMostConfig = field(default_factory=AtMostConfig)  # instead: shared by entries that set no ratio
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    compute: str = "channels"  # channels | params | macs: the currency of a global group
+    compute: str = "channels"  # channels | params | macs | latency: the currency of a global group
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
     config_list: list[dict[str, Any]] = field(default_factory=list)
     default_settings: dict[str, Any] = field(default_factory=dict)  # {module type: {target: {key: value}}}
     stages: list[dict[str, Any]] = field(default_factory=list)  # reserved
@@ -210,6 +230,7 @@ _AT_LEAST: dict[str, float] = {
     "optim.weight_decay": 0,
     "optim.final_lr": 0,
     "pruning.schedule.num_decisions": 1,
+    "pruning.latency.batch_size": 1,
     "speedup.round_to": 1,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,
@@ -217,14 +238,15 @@ _AT_LEAST: dict[str, float] = {
 }
 _ABOVE_ZERO = (
     "train.clip_norm", "optim.gamma", "backend.timeout_s", "speedup.tolerance", "distillation.temperature",
-    "distillation.temperature_ramp.to",
+    "distillation.temperature_ramp.to", "pruning.at_most.macs", "pruning.at_most.params", "pruning.at_most.latency_ms",
+    "pruning.latency.time_s",
 )  # fmt: skip
 _BELOW_ONE = ("pruning.sparse_ratio", "task.label_smoothing")  # and at least 0
 _CHOICES = {
     "data.augment": ("none", "pad_crop", "pad_crop_flip", "random_resized_crop"),
     "train.precision": ("fp32", "bf16"),
     "optim.schedule": ("constant", "cosine", "step"),
-    "pruning.compute": ("channels", "params", "macs"),
+    "pruning.compute": ("channels", "params", "macs", "latency"),
     "distillation.teacher.mode": ("online",),
     "distillation.teacher.precision": ("fp32", "bf16", "fp16"),
     "distillation.weight_ramp.name": ("linear", "cosine"),

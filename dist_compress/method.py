@@ -27,7 +27,7 @@ from torch import nn
 from dist_compress.config import Config
 from dist_compress.errors import UserError
 from dist_compress.projection import Projection
-from dist_compress.target import Coupling
+from dist_compress.target import Coupling, Latencies
 
 Tensors = dict[str, torch.Tensor]
 
@@ -44,6 +44,7 @@ class Context:
     total_steps: int
     steps_per_epoch: float
     example: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # a call of the model, by which sites are found
+    latencies: Latencies | None = None  # where something is asked in milliseconds
 
 
 class Method:

@@ -93,8 +93,9 @@ class Outcome:
 
     def latencies(self, dense: nn.Module, small: nn.Module) -> None:
         args, kwargs = self.example
-        for name, sizes in latencies({"before": dense, "after": small}, args, kwargs, BATCH_SIZES, LATENCY_S).items():
-            for batch, quantiles in sizes.items():
+        sizes = tuple(dict.fromkeys((*BATCH_SIZES, self.config.pruning.latency.batch_size)))
+        for name, found in latencies({"before": dense, "after": small}, args, kwargs, sizes, LATENCY_S).items():
+            for batch, quantiles in found.items():
                 for quantile, value in quantiles.items():
                     self.summary[f"latency_ms/{quantile}/{name}/{batch}"] = value
 
@@ -108,6 +109,11 @@ class Outcome:
                 **{k: v for k, v in self.facts["methods"].items() if k.startswith("fingerprint/")},
             }
         )
+        for row in self.facts["methods"].get("limits", []):
+            batch = self.config.pruning.latency.batch_size
+            key = f"latency_ms/p50/after/b{batch}" if row["unit"] == "latency_ms" else f"{row['unit']}/after"
+            told = {"asked": row["asked"], "predicted": row["predicted"], "reached": self.summary[key]}
+            self.summary.update({f"at_most/{row['unit']}/{name}": value for name, value in told.items()})
         self._save()
         write_summary(self.run_dir, self.summary)
         write_report(

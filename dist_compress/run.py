@@ -17,7 +17,7 @@ import yaml
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from dist_compress import backends, comm, distillation, export, models, pruning, speedup
+from dist_compress import backends, comm, cost_file, distillation, export, models, pruning, speedup
 from dist_compress.config import Config, to_yaml
 from dist_compress.duration import duration
 from dist_compress.errors import UserError
@@ -130,10 +130,11 @@ class Job:
             return
         if self.compressors:
             self.coupling = comm.on_rank0(lambda: speedup.coupling(self.model, *self.example, **self.settings()))
-        length = self.length
+        length, resumed = self.length, checkpoint.latest(self.run_dir) is not None
         context = Context(
             self.config, self.model, self.projection, self.coupling,
             length.num_micro, length.total_steps, length.steps_per_epoch, self.example,
+            cost_file.latencies(self.config, self.model, self.example, self.run_dir, resumed),
         )  # fmt: skip
         for method in self.methods:
             method.attach(context)

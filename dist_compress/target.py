@@ -72,3 +72,21 @@ class Coupling:
 
     groups: tuple[UnitGroup, ...] = ()
     layers: tuple[LayerCost, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class GroupLatency:
+    """Milliseconds of a call of the whole model with `kept[i]` units of one group and all of the others. Measured."""
+
+    name: str  # of the group
+    num_units: int
+    kept: tuple[int, ...]  # ascending; the last is num_units
+    ms: tuple[float, ...]  # never falls
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """What was measured, on one device and at one batch size. Identical on every rank."""
+
+    groups: tuple[GroupLatency, ...]  # of each group of which units can go, in the order of the coupling
+    together: GroupLatency  # all groups at once, each at the same fraction; `kept` counts the units of all

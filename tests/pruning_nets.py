@@ -13,7 +13,7 @@ from dist_compress.config import Config, load
 from dist_compress.method import Context
 from dist_compress.projection import Projection
 from dist_compress.pruning.pruner import Pruner
-from dist_compress.target import Coupling, LayerCost, Member, UnitGroup
+from dist_compress.target import Coupling, GroupLatency, Latencies, LayerCost, Member, UnitGroup
 
 NUM_MICRO = 6
 
@@ -90,6 +90,21 @@ COUPLING = Coupling(
         LayerCost("free", 4 * 80, ((0.0, ((0, ones(8)),)), (0.0, ((2, ones(10)),)))),
         LayerCost("head", 200, ((0.0, ((2, 4 * ones(10)),)),)),
     ),
+)
+
+
+def latency_row(name: str, num: int, *points: tuple[int, float]) -> GroupLatency:
+    kept, ms = zip(*points, strict=True)
+    return GroupLatency(name, num, kept, ms)
+
+
+TABLE = Latencies(
+    (
+        latency_row("stem", 8, (1, 6.0), (4, 8.0), (8, 10.0)),
+        latency_row("a", 6, (1, 7.0), (3, 9.0), (6, 10.0)),
+        latency_row("free", 10, (1, 10.0), (5, 10.0), (10, 10.0)),  # saves nothing
+    ),
+    latency_row("(all groups)", 24, (3, 4.0), (12, 8.0), (24, 10.0)),
 )
 
 

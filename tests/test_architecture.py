@@ -18,7 +18,7 @@ LAYERS = [
     ["compose", "run_folder"],
     ["run"],
     ["one_shot", "explain"],
-    ["outcome"],
+    ["outcome", "cost_file"],
     ["training", "export", "reporting"],
     ["pruning", "quantization", "distillation", "speedup", "backends", "models"],
     ["method"],

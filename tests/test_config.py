@@ -57,7 +57,7 @@ REFUSED = {
     "nan": (["optim.lr=nan"], "optim.lr=nan: must be at least 0."),
     "steps": (["train.max_steps=-1"], "train.max_steps=-1: must be at least 0."),
     "timeout": (["backend.timeout_s=0"], "backend.timeout_s=0.0: must be above 0."),
-    "choice": (["pruning.compute=flops"], "Available: channels, params, macs."),
+    "choice": (["pruning.compute=flops"], "Available: channels, params, macs, latency."),
     "batch": (["train.global_batch_size=65"], "train.micro_batch_size=32"),
     "stages": (["pruning.stages=[{}]"], "pruning.stages is reserved"),
     "interpolation": (["run_dir=${nowhere}"], "run_dir: Interpolation key 'nowhere' not found"),

@@ -31,7 +31,7 @@ from dist_compress.errors import UserError
 from dist_compress.method import Context
 from dist_compress.projection import Projection
 from dist_compress.pruning import setting
-from dist_compress.target import Coupling
+from dist_compress.target import Coupling, GroupLatency, Latencies
 from dist_compress.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -213,11 +213,17 @@ def test_pruning_examples_find_something_to_prune(number: int, coupling: Couplin
     model = resnet20()
     [pruner] = pruning.build(composed)
     assert isinstance(pruner, pruning.Pruner)
-    pruner.attach(Context(composed, model, Projection(model), coupling, 4, 100, 10.0))
+    free = [g for g in coupling.groups if not g.blocked]
+    rows = [GroupLatency(g.name, g.num_units, (1, g.num_units), (8.5, 10.0)) for g in free]
+    whole = sum(g.num_units for g in free)
+    measured = Latencies(tuple(rows), GroupLatency("", whole, (len(free), whole), (2.0, 10.0)))
+    pruner.attach(Context(composed, model, Projection(model), coupling, 4, 100, 10.0, latencies=measured))
     for step in pruner.schedule:
         pruner.decide(step)
     for group in pruner.results()["groups"]:
         assert abs(group["given"] - group["asked"]) < 0.05, group
+    for limit in pruner.results()["limits"]:
+        assert 0.7 * limit["asked"] < limit["predicted"] <= limit["asked"]
 
 
 # docs/extending.md

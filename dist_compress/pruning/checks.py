@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dist_compress.config import PruningConfig
 from dist_compress.errors import UserError
 from dist_compress.pruning.metric import Metric
-from dist_compress.pruning.setting import Setting, check_agree
+from dist_compress.pruning.setting import AT_MOST, Setting, check_agree
 
 _BOUNDS = ("min_sparse_ratio", "max_sparse_ratio")
 _GROUPED = ("global_group_id", "dependency_group_id", "internal_metric_block")
@@ -47,13 +48,54 @@ def _check_bounds(setting: Setting) -> None:
         raise UserError(
             f"{setting.name}: {setting.said_by('min_sparse_ratio')} is above {setting.said_by('max_sparse_ratio')}."
         )
-    alone = setting.global_group_id is None and setting.sparse_threshold is None
+    alone = setting.global_group_id is None and setting.sparse_threshold is None and not setting.limited
     if alone and not setting.pattern and not low <= setting.sparse_ratio <= high:
         raise UserError(
             f"{setting.name}: {setting.said_by('sparse_ratio')} lies outside of {setting.said_by('min_sparse_ratio')} "
             f"and {setting.said_by('max_sparse_ratio')}. Without a global_group_id the ratio is spent in the target "
             "itself."
         )
+
+
+def has_limit(config: PruningConfig) -> bool:
+    return any(value is not None for value in vars(config.at_most).values())
+
+
+def check_limited(settings: list[Setting], config: PruningConfig) -> None:
+    """Targets that share `pruning.at_most` become one group. Raises UserError for what has no part in it."""
+    if not has_limit(config):
+        return
+    limits = ", ".join(f"{AT_MOST}.{key}={value:.10g}" for key, value in vars(config.at_most).items() if value)
+    if config.sparse_ratio is not None:
+        raise UserError(
+            f"{limits} and pruning.sparse_ratio={config.sparse_ratio} both say how much goes. Set "
+            "pruning.sparse_ratio=null, or leave out pruning.at_most; entries may have ratios of their own."
+        )
+    mine = [s for s in settings if s.limited]
+    if not mine:
+        raise UserError(f"{limits}: every target has a ratio or threshold of its own. Take it from one of them.")
+    for s in mine:
+        if s.internal_metric_block > 1:
+            raise UserError(
+                f"{s.name}: {s.said_by('internal_metric_block')} and {limits} exclude each other: all units are ranked "
+                "together. Give it a sparse_ratio of its own."
+            )
+        if not s.by_units or s.dependency_group_id != "auto":
+            key = "dependency_group_id" if s.by_units else "granularity"
+            why = "such channels may stay in the model" if s.by_units else "the zeros stay in the model"
+            raise UserError(
+                f"{s.name}: {s.said_by(key)} has no part in {limits}: {why}. Give it a sparse_ratio of its own."
+            )
+    ids = {s.global_group_id: s for s in mine if s.global_group_id is not None}
+    others = {s.global_group_id: s for s in settings if not s.limited and s.global_group_id in ids}
+    if others or len(ids) > 1:
+        a, b = list(ids.values())[0], [*others.values(), *ids.values()][0 if others else 1]
+        raise UserError(
+            f"{a.name} ({a.said_by('global_group_id')}) and {b.name} ({b.said_by('global_group_id')}): with {limits} "
+            "all targets without a ratio of their own are one group. Give them no global_group_id, or one for all."
+        )
+    for s in mine:
+        s.global_group_id = AT_MOST
 
 
 def check_global_groups(settings: list[Setting]) -> None:

@@ -16,9 +16,9 @@ from dist_compress.config import PruningConfig
 from dist_compress.config_list import Entry, Noun, in_model_order, merge
 from dist_compress.errors import UserError
 from dist_compress.pruning import entry as entries
-from dist_compress.pruning.checks import check_global_groups, check_whole
+from dist_compress.pruning.checks import check_global_groups, check_limited, check_whole, has_limit
 from dist_compress.pruning.metric import metric_class
-from dist_compress.pruning.setting import Align, Setting
+from dist_compress.pruning.setting import AT_MOST, Align, Setting
 from dist_compress.selection import Modules, weight_dims
 from dist_compress.sites import Sites
 
@@ -65,6 +65,7 @@ def resolve(config: PruningConfig, model: nn.Module, sites: Sites | None = None)
         _fit(setting, model)
         _add_bias(setting, model, merged)
     settings = in_model_order(merged, model)
+    check_limited(settings, config)
     check_global_groups(settings)
     return settings
 
@@ -89,9 +90,14 @@ def _inherit(setting: Setting, config: PruningConfig) -> None:
                 f"that removes {(of - keep) / of:g}. Set sparse_ratio: null."
             )
         setting.sparse_ratio = (of - keep) / of
+    elif setting.sparse_threshold is None and "sparse_ratio" not in setting.sources and has_limit(config):
+        setting.sources[AT_MOST] = AT_MOST
     elif setting.sparse_threshold is None and "sparse_ratio" not in setting.sources:
         if config.sparse_ratio is None:
-            raise UserError(f"{where} sets no sparse_ratio for {setting.name}, nor does pruning.sparse_ratio. Set one.")
+            raise UserError(
+                f"{where} sets no sparse_ratio for {setting.name}, nor does pruning.sparse_ratio. Set one, or "
+                "pruning.at_most."
+            )
         setting.sparse_ratio = entries.ratio(config.sparse_ratio, "pruning.sparse_ratio", below_one=True)
 
 

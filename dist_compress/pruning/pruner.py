@@ -23,7 +23,8 @@ from dist_compress.pruning import mask as masking
 from dist_compress.pruning import results
 from dist_compress.pruning.aligning import align, check_aligned
 from dist_compress.pruning.block_data import BlockData
-from dist_compress.pruning.checks import check_method
+from dist_compress.pruning.budget import Budget, limit_budget, ratio_budget
+from dist_compress.pruning.checks import check_method, has_limit
 from dist_compress.pruning.config_list import resolve
 from dist_compress.pruning.distribution import distribute
 from dist_compress.pruning.elements import Elements
@@ -32,9 +33,9 @@ from dist_compress.pruning.listener import Listener, UnitListener
 from dist_compress.pruning.metric import Metric, View, build_metric
 from dist_compress.pruning.outputs import Outputs
 from dist_compress.pruning.schedule import decisions, due
-from dist_compress.pruning.setting import Setting
+from dist_compress.pruning.setting import AT_MOST, Setting
 from dist_compress.pruning.solving import solve
-from dist_compress.pruning.sparsity import Budget, Ranked, budget, decide_alone
+from dist_compress.pruning.sparsity import Ranked, decide_alone
 from dist_compress.pruning.units import collect
 
 Masks = dict[str, torch.Tensor]
@@ -76,7 +77,7 @@ class Pruner(Method):
             self.scorers[s.targets[0]].check(self._view(i))
         self.budgets = self._budgets()
         for group in self.budgets.values():
-            group.target(1.0)
+            group.wanted(1.0)
         check_aligned(model, self.settings, self._target_masks())
         driven = [s for s in self.settings if not s.align and self.scorers[s.name].data_driven]
         self.schedule = decisions(
@@ -109,14 +110,24 @@ class Pruner(Method):
         self._listen(0)
 
     def _budgets(self) -> dict[str, Budget]:
-        """One for each global group of channels."""
-        budgets = {}
+        """One for each global group of channels; that of the whole model, which depends on all others, last."""
+        budgets, context = {}, self.context
         for gid in dict.fromkeys(s.setting.global_group_id for s in self.sets if s.setting.global_group_id is not None):
+            if gid == AT_MOST:
+                continue
             sets = [s for s in self.sets if s.setting.global_group_id == gid]
             members = [s for s in self.settings if s.global_group_id == gid and not s.align]
-            context = self.context
-            budgets[gid] = budget(gid, sets, self.config.compute, context.coupling, context.model, members)
+            how = (self.config.compute, context.coupling, context.model, members, context.latencies)
+            budgets[gid] = ratio_budget(gid, sets, *how)
+        if has_limit(self.config):
+            round_to = context.config.speedup.round_to
+            how = (self.config.at_most, context.coupling, context.model, context.latencies, round_to)
+            budgets[AT_MOST] = limit_budget(self.sets, *how)
         return budgets
+
+    def _members(self, gid: str) -> list[int]:
+        """Numbers of the sets that a budget is about."""
+        return [i for i, s in enumerate(self.sets) if gid in (AT_MOST, s.setting.global_group_id)]
 
     def change_steps(self) -> list[int]:
         return [t - 1 for t in self.due]
@@ -167,10 +178,6 @@ class Pruner(Method):
         bases = [0]
         for s in self.sets:
             bases.append(bases[-1] + s.num_units)
-        for gid, group in self.budgets.items():
-            members = [i for i, s in enumerate(self.sets) if s.setting.global_group_id == gid]
-            for i, price in zip(members, group.prices(), strict=True):
-                scores[i] = torch.where(price > 0, scores[i].double() / price, torch.inf).float()  # no gain: keep
         anew = [not self.scorers[s.targets[0]].stays_removed for s in self.sets]
         stay = [torch.zeros_like(gone) if new else gone for new, gone in zip(anew, self.removed, strict=True)]
         ranked = [Ranked.of(*item) for item in zip(scores, stay, bases, strict=False)]
@@ -178,10 +185,12 @@ class Pruner(Method):
             if s.setting.global_group_id is None and s.targets[0] in due:
                 self.removed[i] = torch.from_numpy(decide_alone(s, units, scores[i], fraction))
         for gid, group in self.budgets.items():
-            if group.sets[0].targets[0] not in due:
+            if not any(free and s.targets[0] in due for s, free in zip(group.sets, group.free, strict=True)):
                 continue
-            members = [i for i, s in enumerate(self.sets) if s.setting.global_group_id == gid]
-            for i, removed in zip(members, group.spend([ranked[i] for i in members], fraction), strict=True):
+            members = self._members(gid)
+            gone = [stay[i] if free else self.removed[i] for i, free in zip(members, group.free, strict=True)]
+            own = ([scores[i] for i in members], gone, [bases[i] for i in members])
+            for i, removed in zip(members, group.spend(*own, fraction), strict=True):
                 self.removed[i] = torch.from_numpy(removed)
 
     def _unit_scores(self) -> list[torch.Tensor]:
@@ -286,12 +295,14 @@ class Pruner(Method):
 
     def results(self) -> dict[str, Any]:
         """`fingerprint/masks`; `decisions` [{step, ratio, fingerprint}]; `groups` [{name, asked, given,
-        reason}] in the currency of each group; `asked_but_kept` [{name, asked, given, reason}], targets
+        reason}] in the currency of each group; `limits` [{unit, asked, before, predicted}], what `pruning.at_most` asks
+        of the whole model; `asked_but_kept` [{name, asked, given, reason}], targets
         left whole; `overrides`, a line for each value of the config list that a later one took the place of."""
         return {
             "fingerprint/masks": self.history[-1][2] if self.history else "",
             "decisions": [{"step": t, "ratio": ratio, "fingerprint": mark} for t, ratio, mark in self.history],
             "groups": results.groups(self.sets, self.removed, self.budgets, self.elements),
+            "limits": results.limits(self.removed, self.budgets.get(AT_MOST)),
             "overrides": overrides(self.settings),
             "asked_but_kept": results.asked_but_kept(self.kept, self.settings, self.sets, self.removed),
         }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from dist_compress.pruning.budget import Budget
 from dist_compress.pruning.elements import Elements
-from dist_compress.pruning.setting import Setting
-from dist_compress.pruning.sparsity import Budget
+from dist_compress.pruning.setting import AT_MOST, Setting
 from dist_compress.pruning.units import Kept, UnitSet
 
 Row = dict[str, Any]
@@ -25,6 +26,8 @@ def groups(
     elements or blocks."""
     rows = []
     for gid, group in budgets.items():
+        if gid == AT_MOST:  # in `limits`
+            continue
         mine = [gone.numpy() for s, gone in zip(sets, removed, strict=True) if s.setting.global_group_id == gid]
         total = group.cost([gone & False for gone in mine])
         given = float((total - group.cost(mine)) / total)
@@ -41,15 +44,27 @@ def groups(
 
 def _row(name: str, unit: str, setting: Setting, given: float) -> Row:
     asked = _asked(setting)
-    reason = "" if asked == given else f"whole {'channels' if unit in ('params', 'macs') else unit} only"
+    reason = "" if asked == given else f"whole {'channels' if unit in ('params', 'macs', 'latency') else unit} only"
     if asked is None:
         reason = f"scores below {setting.sparse_threshold:g}"
     return {"name": name, "unit": unit, "asked": asked, "given": given, "reason": reason}
 
 
 def _asked(setting: Setting) -> float | None:
-    """The ratio asked for; a threshold asks for none."""
-    return None if setting.sparse_threshold is not None else float(setting.sparse_ratio)
+    """The ratio asked for; a threshold or a limit of the whole model asks for none."""
+    return None if setting.sparse_threshold is not None or setting.limited else float(setting.sparse_ratio)
+
+
+def limits(removed: Sequence[torch.Tensor], budget: Budget | None) -> list[Row]:
+    """A row {unit, asked, before, predicted} for each limit of the whole model, in MACs, parameters or milliseconds."""
+    rows = []
+    for c in budget.currencies if budget is not None else []:
+        before = c.cost.left([gone.numpy() & False for gone in removed])
+        left = c.cost.left([gone.numpy() for gone in removed])
+        assert c.at_most is not None
+        show = float if c.unit == "latency_ms" else math.ceil
+        rows.append({"unit": c.unit, "asked": float(c.at_most), "before": show(before), "predicted": show(left)})
+    return rows
 
 
 def asked_but_kept(

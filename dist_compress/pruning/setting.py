@@ -11,6 +11,8 @@ from dist_compress import config_list
 from dist_compress.blocks import Granularity, is_pattern
 from dist_compress.errors import UserError
 
+AT_MOST = "pruning.at_most"  # also the group of the targets that share it
+
 
 @dataclass
 class Align:
@@ -45,6 +47,11 @@ class Setting(config_list.Setting):
     @property
     def parameter(self) -> str:
         return self.path
+
+    @property
+    def limited(self) -> bool:
+        """No ratio is asked of it; it shares `pruning.at_most`."""
+        return AT_MOST in self.sources
 
     @property
     def by_units(self) -> bool:

@@ -118,6 +118,13 @@ def summary_table(summary: dict[str, Any]) -> Table:
     for figure in figures.before_after(summary):
         style = {True: "green", False: "yellow", None: ""}[figure.better]
         result.add_row(figure.label, figure.before, figure.after, Text(figure.change, style=style))
+    limits = figures.limits(summary)
+    if limits:
+        result.add_section()
+    for limit in limits:
+        style = "green" if limit.held else "yellow"
+        told = f"{limit.label} at most {limit.asked}"
+        result.add_row(told, f"predicted {limit.predicted}", limit.reached, Text(limit.verdict, style=style))
     checks = _checks(summary)
     if checks:
         result.add_section()

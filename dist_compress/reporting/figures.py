@@ -12,6 +12,7 @@ from typing import Any
 
 # Summary keys without their /before or /after, in the order in which they are shown.
 _COSTS = {"params": "Parameters", "macs": "MACs", "file_bytes": "File size"}
+_LIMITS = {"macs": "MACs", "params": "Parameters", "latency_ms": "Latency"}
 _LATENCY = re.compile(r"latency_ms/(p\d+)/(?:before|after)/b(\d+)")
 
 
@@ -26,6 +27,19 @@ class Figure:
     change: str  # e.g. "2.13x smaller", "-0.56 points"
     better: bool | None
     fraction: float | None = None  # after / before of a cost, for drawing
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What the whole model was to cost at most: asked, by the last decision, and really."""
+
+    unit: str
+    label: str
+    asked: str
+    predicted: str
+    reached: str
+    verdict: str
+    held: bool
 
 
 def count(value: float) -> str:
@@ -114,6 +128,19 @@ def _latencies(summary: Mapping[str, Any]) -> list[Figure]:
 def _place(key: str) -> tuple[int, str]:
     known = ["accuracy", *_COSTS]
     return (known.index(key), "") if key in known else (len(known), key)
+
+
+def limits(summary: Mapping[str, Any]) -> list[Limit]:
+    """What `pruning.at_most` asked of the whole model, and what became of it."""
+    found = []
+    for unit, label in _LIMITS.items():
+        if f"at_most/{unit}/asked" in summary:
+            asked, predicted, reached = (summary[f"at_most/{unit}/{n}"] for n in ("asked", "predicted", "reached"))
+            show = _milliseconds if unit == "latency_ms" else count
+            over = reached / asked - 1
+            verdict = "held" if over <= 0 else f"missed by {percent(over, 1)}"
+            found.append(Limit(unit, label, show(asked), show(predicted), show(reached), verdict, over <= 0))
+    return found
 
 
 def before_after(summary: Mapping[str, Any]) -> list[Figure]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,20 @@ from dist_compress.speedup.cost import latencies, macs, num_params
 from dist_compress.speedup.coupling import coupling, masks_of
 from dist_compress.speedup.masking import duplicate
 from dist_compress.speedup.planning import plan
-from dist_compress.target import UnitGroup
+from dist_compress.target import GroupLatency, Latencies, UnitGroup
 from dist_compress.tracing import trace
 
+TOGETHER = "(all groups)"  # the name of the last row of a table
 COSTS = ("macs", "params", "activation_bytes", "latency_ms")
 
 
 @dataclass(frozen=True)
 class GroupCost:
-    """The cost of the whole model with `kept[i]` units of one group and all of the others. Plain data."""
+    """The cost of the whole model with `kept[i]` units of one group and all of the others. Plain data.
+
+    The last row of a table, `TOGETHER`, is about all groups at once, each at the same fraction; it counts the units of
+    all.
+    """
 
     name: str  # of the group
     num_units: int
@@ -51,6 +56,26 @@ class GroupCost:
         return float(a + (b - a) * (kept - low) / (high - low))
 
 
+@dataclass
+class _Row:
+    """Groups that shrink together, and the counts of kept units at which they were tried."""
+
+    label: str
+    name: str
+    groups: list[UnitGroup]
+    tried: dict[int, list[int]] = field(default_factory=dict)
+
+    def measured(self, counts: dict[str, tuple[int, int, int]], times: Any) -> GroupCost:
+        tried = sorted(self.tried)
+        labels = [*(f"{self.label} {kept}" for kept in tried), "dense"]
+        macs, params, activations = (list(column) for column in zip(*(counts[label] for label in labels), strict=True))
+        milliseconds = [times[label][batch]["p50"] for label in labels for batch in times[label]]
+        latency = [*accumulate(milliseconds[:-1], max), milliseconds[-1]]
+        latency = [min(ms, latency[-1]) for ms in latency]  # the dense model is one and the same in all rows
+        num_units = sum(group.num_units for group in self.groups)
+        return GroupCost(self.name, num_units, [*tried, num_units], macs, params, activations, latency)
+
+
 def cost_table(
     model: nn.Module | Capture,
     args: tuple[Any, ...] = (),
@@ -59,16 +84,20 @@ def cost_table(
     fractions: Sequence[float] = (0.25, 0.5, 0.75),
     time_s: float = 30.0,
     num_threads: int = 1,
+    batch_size: int | None = None,
     norm: str = "keep",
+    keep: Iterable[str] = (),
+    barrier: Iterable[str] = (),
 ) -> list[GroupCost]:
-    """A `GroupCost` for each group of which units can go, in the order of `coupling`. Rank 0 only.
+    """A `GroupCost` for each group of which units can go, in the order of `coupling`, and one for all. Rank 0 only.
 
-    Each group is shrunk by itself to these fractions of its units (at least one). Latency is measured on the device and
-    with the batch of the example, `time_s` seconds in all. The model is left as it was.
+    Each group is shrunk by itself to these fractions of its units (at least one), then all of them together. Latency is
+    measured on the device of the example, at `batch_size` (None: that of the example), `time_s` seconds in all. The
+    model is left as it was. `norm`, `keep`, `barrier` as in `capture`.
     """
     if not fractions or not all(0 < fraction < 1 for fraction in fractions):
         raise UserError(f"fractions={fractions!r} must be numbers in (0, 1), such as (0.25, 0.5, 0.75).")
-    given = captured(model, args, kwargs, {"norm": norm})
+    given = captured(model, args, kwargs, {"norm": norm, "keep": tuple(keep), "barrier": tuple(barrier)})
     counts: dict[str, tuple[int, int, int]] = {}
     variants: dict[str, nn.Module] = {}
 
@@ -79,12 +108,17 @@ def cost_table(
 
     add("dense", duplicate(given.model))
     groups = [group for group in coupling(given).groups if not group.blocked and group.num_units > 1]
-    tried = {group.name: sorted({max(1, round(f * group.num_units)) for f in fractions}) for group in groups}
-    for group in groups:
-        for kept in tried[group.name]:
-            add(f"{group.name} {kept}", _with(given, group, kept))
-    times = latencies(variants, given.args, given.kwargs, (_batch(given),), time_s, num_threads)
-    return [_row(group, tried[group.name], counts, times) for group in groups]
+    if not groups:
+        return []
+    rows = [_Row(f"{i} {group.name}", group.name, [group]) for i, group in enumerate(groups)]  # names may repeat
+    rows.append(_Row(TOGETHER, TOGETHER, groups))
+    for row in rows:
+        for fraction in fractions:
+            kept = [min(max(1, round(fraction * g.num_units)), g.num_units - 1) for g in row.groups]
+            if row.tried.setdefault(sum(kept), kept) is kept:
+                add(f"{row.label} {sum(kept)}", _with(given, row.groups, kept))
+    times = latencies(variants, given.args, given.kwargs, (batch_size or _batch(given),), time_s, num_threads)
+    return [row.measured(counts, times) for row in rows]
 
 
 def save(table: Sequence[GroupCost], path: str | Path) -> None:
@@ -93,13 +127,27 @@ def save(table: Sequence[GroupCost], path: str | Path) -> None:
 
 
 def load(path: str | Path) -> list[GroupCost]:
-    """Read what `save` wrote."""
-    return [GroupCost(**row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
+    """Read what `save` wrote. Raises UserError."""
+    try:
+        return [GroupCost(**row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: is no cost table: {error}. Write one with cost_table and save.") from None
 
 
-def _with(given: Capture, group: UnitGroup, kept: int) -> nn.Module:
-    masks = masks_of(given.model, [(group, torch.arange(kept, group.num_units))])
-    return apply(duplicate(given.model), plan(given, masks=masks))
+def as_latencies(table: Sequence[GroupCost], path: str | Path = "") -> Latencies:
+    """The part of a table that pruning spends. Local. Raises UserError when it lacks the row of all groups."""
+    rows = [GroupLatency(row.name, row.num_units, tuple(row.kept), tuple(row.latency_ms)) for row in table]
+    if not rows or rows[-1].name != TOGETHER:
+        raise UserError(
+            f"{path or 'cost table'}: has no groups, or no last row {TOGETHER!r}. Nothing can be removed from that "
+            "model, or the file was not written by cost_table of this version; measure it anew."
+        )
+    return Latencies(tuple(rows[:-1]), rows[-1])
+
+
+def _with(given: Capture, groups: Sequence[UnitGroup], kept: Sequence[int]) -> nn.Module:
+    gone = [(group, torch.arange(left, group.num_units)) for group, left in zip(groups, kept, strict=True)]
+    return apply(duplicate(given.model), plan(given, masks=masks_of(given.model, gone)))
 
 
 def _batch(given: Capture) -> int:
@@ -109,11 +157,3 @@ def _batch(given: Capture) -> int:
 def _activation_bytes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     infos = [info for info in trace(model, args, kwargs).tensors.values() if info.kind == "value" and info.dependent]
     return sum(torch.Size(info.shape).numel() * info.dtype.itemsize for info in infos)
-
-
-def _row(group: UnitGroup, tried: list[int], counts: dict[str, tuple[int, int, int]], times: Any) -> GroupCost:
-    labels = [*(f"{group.name} {kept}" for kept in tried), "dense"]
-    macs, params, activations = (list(column) for column in zip(*(counts[label] for label in labels), strict=True))
-    milliseconds = [times[label][batch]["p50"] for label in labels for batch in times[label]]
-    latency = list(accumulate(milliseconds, max))
-    return GroupCost(group.name, group.num_units, [*tried, group.num_units], macs, params, activations, latency)

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from pruning_nets import COUPLING, Net, attach, config
 
 from dist_compress.errors import UserError
+from dist_compress.pruning.budget import Budget, Currency
+from dist_compress.pruning.costs import Products
 from dist_compress.pruning.setting import Setting
-from dist_compress.pruning.sparsity import Budget, Ranked, count_bounds, share
+from dist_compress.pruning.sparsity import Ranked, count_bounds, share
 from dist_compress.pruning.units import UnitSet
 from dist_compress.target import LayerCost
 
@@ -31,7 +33,7 @@ def chain(sizes: list[int], ratio: float, bounds: list[tuple[float, float]]) -> 
         layers.append(
             LayerCost(f"l{i}", sizes[i - 1] * sizes[i], ((0.0, ((i - 1, ones[i - 1]),)), (0.0, ((i, ones[i]),))))
         )
-    return Budget("g", sets, layers, "macs")
+    return Budget("g", sets, [Currency("macs", Products(sets, layers))], [True] * len(sets))
 
 
 def brute(budget: Budget, scores: list[list[float]], ratio: float) -> list[np.ndarray]:
@@ -73,10 +75,11 @@ def test_equals_taking_one_unit_after_the_other(data):
         for s, b in zip(scores, bases, strict=False)
     ]
     try:
-        got = budget.spend(ranked, 1.0)
+        [wanted] = budget.wanted(1.0)
     except UserError:
         return
-    total, wanted = budget.target(1.0)
+    got = budget.take(budget.currencies[0], ranked, wanted, 1.0, [])
+    total = budget.cost([np.zeros(n, bool) for n in sizes])
     want = brute(budget, scores, ratio)
     if wanted == share(ratio) * total:  # else the bounds, rounded to units, stop it short of the ratio
         assert all(np.array_equal(g, w) for g, w in zip(got, want, strict=True))
@@ -182,21 +185,22 @@ def test_many_units_are_quick():
     generator = torch.Generator().manual_seed(0)
     none = torch.zeros(4000, dtype=torch.bool)
     ranked = [Ranked.of(torch.rand(4000, generator=generator), none, 4000 * i) for i in range(5)]
-    removed = budget.spend(ranked, 1.0)
+    removed = budget.take(budget.currencies[0], ranked, budget.wanted(1.0)[0], 1.0, [])
     total = budget.cost([r & False for r in removed])
     assert 0 <= (total - budget.cost(removed)) / total - Fraction(1, 2) < Fraction(1, 4000)
 
 
 def test_prices_by_hand():
     """Of 2 units that cost 6 / 2 in their own layer and 8 / 2 in the next, and 4 that cost 8 / 4 there."""
-    first, second = chain([2, 4], 0.5, [(0.0, 1.0)] * 2).prices()
+    budget = chain([2, 4], 0.5, [(0.0, 1.0)] * 2)
+    first, second = budget.prices(budget.currencies[0])
     mean = (2 * 7 + 4 * 2) / 6
     assert first.tolist() == pytest.approx([7 / mean] * 2) and second.tolist() == pytest.approx([2 / mean] * 4)
 
 
 @pytest.mark.parametrize("dear", [0, 1])
 def test_what_is_dear_goes_first(monkeypatch, dear):
-    def prices(self: Budget) -> list[torch.Tensor]:
+    def prices(self: Budget, currency: Currency) -> list[torch.Tensor]:
         return [torch.full((s.num_units,), 1e9 if i == dear else 1.0) for i, s in enumerate(self.sets)]
 
     monkeypatch.setattr(Budget, "prices", prices)
