@@ -132,9 +132,21 @@ class PruningConfig:
 
 @dataclass
 class TeacherConfig:
-    mode: str = "online"  # online: each rank runs the teacher on its own samples
+    mode: str = "online"  # online: each rank runs the teacher on its own samples | store: its answers are on disk
+    store: str | None = None  # folder of a teacher store, for mode=store
     model: ModelConfig = field(default_factory=ModelConfig)  # with its weights
     precision: str = "fp32"  # fp32 | bf16 | fp16: of the teacher's weights and forward passes
+
+
+@dataclass
+class StoreConfig:
+    """A teacher store to write: this run's model, as delivered, asked about every training sample."""
+
+    write: str | None = None  # its folder
+    encoding: str = "auto"  # dense_fp16 | topk_u8 | topk_fp16; auto: dense up to 1000 classes, then topk_u8
+    k: int = 64  # entries of a top-k
+    temperatures: list[float] = field(default_factory=lambda: [1.0])  # that a top-k will serve
+    views: int = 1  # augmented versions of each sample
 
 
 @dataclass
@@ -157,6 +169,7 @@ class DistillationConfig:
     temperature: float = 1.0
     temperature_ramp: RampConfig = field(default_factory=RampConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
 
 
 @dataclass
@@ -217,6 +230,8 @@ _AT_LEAST: dict[str, float] = {
     "distillation.weight": 0,
     "distillation.weight_ramp.to": 0,
     "distillation.task_weight": 0,
+    "distillation.store.k": 1,
+    "distillation.store.views": 1,
     "data.image_size": 1,
     "data.num_workers": 0,
     "train.max_steps": 0,
@@ -247,7 +262,8 @@ _CHOICES = {
     "train.precision": ("fp32", "bf16"),
     "optim.schedule": ("constant", "cosine", "step"),
     "pruning.compute": ("channels", "params", "macs", "latency"),
-    "distillation.teacher.mode": ("online",),
+    "distillation.teacher.mode": ("online", "store"),
+    "distillation.store.encoding": ("auto", "dense_fp16", "topk_u8", "topk_fp16"),
     "distillation.teacher.precision": ("fp32", "bf16", "fp16"),
     "distillation.weight_ramp.name": ("linear", "cosine"),
     "distillation.temperature_ramp.name": ("linear", "cosine"),

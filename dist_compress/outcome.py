@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,11 @@ class Outcome:
                 for quantile, value in quantiles.items():
                     self.summary[f"latency_ms/{quantile}/{name}/{batch}"] = value
 
-    def finish(self) -> dict[str, Any]:
-        """Write summary.json and report.html. Returns the summary. Rank 0 only."""
+    def finish(self, more: Mapping[str, Any]) -> dict[str, Any]:
+        """Write summary.json, with `more` in it, and report.html. Returns the summary. Rank 0 only."""
         self.summary.update(
             {
+                **more,
                 "world_size": comm.world_size(),
                 "backend": self.config.backend.name,
                 "verify/tolerance": self.config.speedup.tolerance,

@@ -66,7 +66,8 @@ class Job:
             export.find(name)
         comm.on_rank0(lambda: _refuse_other_results(self.run_dir, config))
         determinism.set_up(config.train)  # before the first kernel runs: cuBLAS asks once
-        self.data = data.build(config.data, config.seed)
+        self.augmentation, views = distillation.stored_views(config) or (config.seed, None)
+        self.data = data.build(config.data, self.augmentation, views)
         self.task = task.build(config.task)
         self.model = self.dense_model()
         if config.model.weights is not None:
@@ -76,7 +77,7 @@ class Job:
         self.example = self.data.example(2)
         self.length = run_length(config, self.data.train.num_samples)
         self.projection = Projection(self.model)
-        self.methods = [*pruning.build(config), *distillation.build(config, self.teacher_model)]
+        self.methods = [*pruning.build(config), *distillation.build(config, self.data.train, self.teacher_model)]
         self.compressors = [method for method in self.methods if method.compresses]
         self.plan: Plan | None = None
         self.coupling = Coupling()
@@ -258,13 +259,14 @@ class Job:
             self.outcome.before(self.model, metrics)
         self.outcome.after(self.model, metrics)
         self.projection.finish()
+        stored = distillation.write_store(self.config, self.model, self.data.train, self.augmentation)
 
         def ship() -> None:
             for name in self.config.export:
                 export.find(name).export(self.run_dir, self.model, self.plan, self.config, self.example)
                 self.outcome.exported(name, export.find(name).check(self.run_dir, self.model, self.example))
             self.outcome.latencies(self.dense_model(), self.model)
-            self.reporter.summary(self.outcome.finish())
+            self.reporter.summary(self.outcome.finish(stored))
 
         comm.on_rank0(ship)
         self.reporter.close()

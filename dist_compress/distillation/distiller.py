@@ -16,7 +16,8 @@ from torch import nn
 
 from dist_compress.config import Config
 from dist_compress.distillation.ramp import Ramp
-from dist_compress.distillation.teacher import OnlineTeacher
+from dist_compress.distillation.stored import StoreTeacher
+from dist_compress.distillation.teacher import OnlineTeacher, Teacher
 from dist_compress.distillation.term import Moment, build_term
 from dist_compress.errors import UserError
 from dist_compress.method import Context, Method
@@ -24,21 +25,24 @@ from dist_compress.method import Context, Method
 ROOT = "distillation"
 
 
-def build(config: Config, teacher_model: Callable[[], nn.Module]) -> list[Method]:
-    """The distiller of the run, if any. `teacher_model()`: the network of `distillation.teacher.model` with its
-    weights, on the device of the run; called when there is a distiller. Raises UserError."""
-    return [Distiller(config, teacher_model)] if config.distillation.method is not None else []
+def build(config: Config, split: Any, teacher_model: Callable[[], nn.Module]) -> list[Method]:
+    """The distiller of the run, if any. Collective. `split`: the training data. `teacher_model()`: the network of
+    `distillation.teacher.model` with its weights, on the device of the run; called for an online teacher. Raises
+    UserError."""
+    if config.distillation.method is None:
+        return []
+    if config.distillation.teacher.mode == "store":
+        return [Distiller(config, StoreTeacher(config, split))]
+    return [Distiller(config, OnlineTeacher(teacher_model(), config.distillation.teacher.precision))]
 
 
 class Distiller(Method):
     compresses = False
 
-    def __init__(self, config: Config, teacher_model: Callable[[], nn.Module]) -> None:
-        self.config = config.distillation
+    def __init__(self, config: Config, teacher: Teacher) -> None:
+        self.config, self.teacher, self.step = config.distillation, teacher, 0
         assert self.config.method is not None
         self.terms = [build_term(self.config.method, self.config.options, ROOT)]
-        self.teacher = OnlineTeacher(teacher_model(), self.config.teacher.precision)
-        self.step = 0
 
     def attach(self, context: Context) -> None:
         """Local, the same on every rank. Raises UserError when student and teacher do not go together."""

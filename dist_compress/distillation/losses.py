@@ -62,6 +62,14 @@ class TopK:
     log_probs: torch.Tensor  # float [T, k]
     tail: torch.Tensor  # float [T]: log of the mass outside; -inf: none
 
+    def to(self, device: torch.device) -> TopK:
+        return TopK(self.ids.to(device), self.log_probs.to(device), self.tail.to(device))
+
+    def split(self, size: int) -> list[TopK]:
+        """By tokens."""
+        parts = (x.split(size) for x in (self.ids, self.log_probs, self.tail))
+        return [TopK(*part) for part in zip(*parts, strict=True)]
+
 
 def divergence(
     student: torch.Tensor,

@@ -21,7 +21,7 @@ class Teacher(Protocol):
     model: nn.Module | None  # None: there is no network to look into
 
     def __call__(self, batch: dict[str, Any]) -> Any:
-        """What it says of a batch: an output of the model, or a `losses.TopK`. Local."""
+        """What it says of a batch: an output of the model, or a `stored.Stored`. Local."""
         ...
 
     def note(self) -> str:
@@ -38,12 +38,8 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> Any:
-        return self.answer(batch["inputs"])
-
-    @torch.no_grad()
-    def answer(self, inputs: Any) -> Any:
         assert self.model is not None and not self.model.training
-        return call(self.model, tree_map(self._cast, inputs))
+        return call(self.model, tree_map(self._cast, batch["inputs"]))
 
     def _cast(self, leaf: Any) -> Any:
         return leaf.to(self.dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf

@@ -15,7 +15,7 @@ from dist_compress import comm
 from dist_compress.config import DataConfig
 from dist_compress.errors import UserError
 from dist_compress.training.data import augment
-from dist_compress.training.data.split import Split, Transform
+from dist_compress.training.data.split import Split, Transform, Views
 from dist_compress.training.instantiate import instantiate
 
 SOURCES = ("digits", "image_folder", "cifar10", "imagenet")
@@ -38,9 +38,10 @@ class Data:
         return ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
 
 
-def build(config: DataConfig, seed: int) -> Data:
+def build(config: DataConfig, seed: int, views: int | None = None) -> Data:
     """The data of the run on `comm.device()`. Collective: each rank decodes a part of what is held in memory.
 
+    `seed`: of the augmentation. `views`: see `split.Views`; None: every epoch has an augmentation of its own.
     Raises UserError naming the key (`data.root`, `data.source`, ...) for whatever cannot be read.
     """
     if config.target is not None:
@@ -58,6 +59,8 @@ def build(config: DataConfig, seed: int) -> Data:
         transform = Transform(config, seed, comm.device())
         train, held_out = (pixels.split(config, transform) for pixels in source.load(config))
         data = Data(train, held_out)
+    if views is not None:
+        data.train = Views(data.train, views)
     if min(data.train.num_samples, data.eval.num_samples) < comm.world_size():
         raise UserError(
             f"data.source={config.source!r}, data.root={config.root!r}: {data.train.num_samples} training and "

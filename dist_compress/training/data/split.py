@@ -39,6 +39,26 @@ def prefetch(split: Split, ids: torch.Tensor, epoch: torch.Tensor | int | None) 
         start(ids, epoch)
 
 
+class Views:
+    """A split whose augmentation repeats after `count` epochs, so that each sample comes in `count` versions. Batches
+    for training say which: "views", int64 [n]."""
+
+    def __init__(self, split: Split, count: int) -> None:
+        self.split, self.count = split, count
+        self.num_samples, self.num_classes = split.num_samples, split.num_classes
+
+    def batch(self, ids: torch.Tensor, epoch: torch.Tensor | int | None) -> dict[str, Any]:
+        if epoch is None:
+            return self.split.batch(ids, None)
+        views = torch.as_tensor(epoch).expand(len(ids)) % self.count
+        batch = self.split.batch(ids, views)
+        return {**batch, "views": views.to(batch["ids"].device)}
+
+    def prefetch(self, ids: torch.Tensor, epoch: torch.Tensor | int | None) -> None:
+        views = None if epoch is None else torch.as_tensor(epoch).expand(len(ids)) % self.count
+        prefetch(self.split, ids, views)
+
+
 class Transform:
     """What lies between stored pixels and the model: augmentation and normalisation."""
 

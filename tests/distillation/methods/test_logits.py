@@ -112,9 +112,7 @@ def test_tokens_that_do_not_count_and_padded_vocabularies():
     own, theirs = torch.randn(2, 3, 9), torch.randn(2, 3, 8)
     targets = torch.tensor([[1, -100, 2], [-100, -100, 3]])
     valid = [(0, 0), (0, 2), (1, 2)]
-    right = sum(
-        F.kl_div(own[i, j, :7].log_softmax(0), theirs[i, j, :7].softmax(0), reduction="sum") for i, j in valid
-    )
+    right = sum(F.kl_div(own[i, j, :7].log_softmax(0), theirs[i, j, :7].softmax(0), reduction="sum") for i, j in valid)
     loss = term.loss(Moment(0, 1.0), {"targets": targets}, own, theirs)
     assert float(loss) == pytest.approx(float(right), rel=1e-5)
 
