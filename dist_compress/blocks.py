@@ -110,6 +110,21 @@ class Blocks:
         """Weights of a block."""
         return math.prod(self.sizes)
 
+    @property
+    def slab(self) -> int:
+        """Weights of the smallest contiguous part of the parameter that holds whole decisions. Slab i has the weights
+        from i * slab on, and the i-th slab // size of the blocks."""
+        return self.slabs(1).num * self.size
+
+    def slabs(self, num: int) -> Blocks:
+        """`num` consecutive slabs as a tensor of their own; it has as many of its own."""
+        last = self.last % max(len(self.shape), 1)
+        if last < len(self.shape) - 1:  # a pattern across what lies between
+            return Blocks((num, *self.shape[last:]), (1,) * (len(self.shape) - last + 1), 1, self.group)
+        cut = next((dim for dim, size in enumerate(self.sizes) if size > 1), last)  # before it lie whole slabs
+        sizes = self.sizes[cut:] or (1,)
+        return Blocks((num * sizes[0] * self.group, *self.shape[cut + 1 :]), sizes, -1, self.group)
+
     def covers_rows(self, dim: int) -> bool:
         """Each block is everything at some places of `dim`: what of a bias belongs to it is dead with it."""
         whole = [k == n for k, n in zip(self.sizes, self.shape, strict=True)]
@@ -126,9 +141,9 @@ class Blocks:
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """[num] -> the shape of the parameter; the inverse of `rows` for what is equal inside of each block."""
         if self.size == 1:
-            moved = list(self.shape)
+            moved = list(self.shape or (1,))
             moved.append(moved.pop(self.last))
-            return values.view(moved).movedim(-1, self.last)
+            return values.view(moved).movedim(-1, self.last).view(self.shape)
         grid = values.view([n // k for n, k in zip(self.shape, self.sizes, strict=True)])
         for dim, size in enumerate(self.sizes):
             grid = grid.repeat_interleave(size, dim)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -139,6 +139,19 @@ def all_gather(t: torch.Tensor) -> torch.Tensor:
     out = t.new_empty(world_size(), *t.shape)
     dist.all_gather(list(out.unbind(0)), t.contiguous())
     return out
+
+
+def all_to_all(send: Sequence[torch.Tensor], receive: Sequence[int]) -> list[torch.Tensor]:
+    """What every rank has for this one: [receive[r]] from each rank r, which has to know that much. Collective.
+
+    `send[r]`: 1-D, for rank r; all of one dtype. Sizes may differ and be zero.
+    """
+    calls["all_to_all"] += 1
+    if not is_initialized():
+        return list(send)
+    out = send[0].new_empty(sum(receive))
+    dist.all_to_all_single(out, torch.cat(list(send)), list(receive), [len(part) for part in send])
+    return list(out.split(list(receive)))
 
 
 def broadcast(t: torch.Tensor, src: int = 0) -> torch.Tensor:

@@ -6,7 +6,8 @@ whole). Before the optimizer step, and before a checkpoint, `restore` puts the l
 functions under a key; they are applied in the order of `KEYS`, so a mask comes before a quantizer whoever was
 added first.
 
-Everything here is local: no collective.
+What a rank holds of a parameter, its latent and the tensors that functions see are one shape: that of
+`layout.local`. Everything here is local: no collective.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from dist_compress.layout import Layout
+
 KEYS = ("mask", "quant")  # the order in which the functions of one parameter are applied
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -26,8 +29,10 @@ class Projection:
     """The latents of `model` and what the methods make of them. Tied parameters are one entry under any
     name."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layout: Layout | None = None) -> None:
+        """`layout`: who holds what; unless given, read off the parameters."""
         self.model = model
+        self.layout = layout or Layout(model)
         self.projected = False
         self._functions: dict[str, dict[str, Function]] = {}
         self._grad_masks: dict[str, torch.Tensor] = {}
@@ -47,7 +52,7 @@ class Projection:
         functions.pop(key, None)
         if not functions and self._functions.pop(name, None) is not None and name in self._latents:
             if self.projected:
-                self._put(name, self._latents[name])
+                self.layout.local(name).copy_(self._latents[name])
             del self._latents[name]
 
     def mask_grad(self, name: str, mask: torch.Tensor | None) -> None:
@@ -74,10 +79,10 @@ class Projection:
         if self.projected:
             return
         for name, functions in self._functions.items():
-            parameter = self.model.get_parameter(name)
+            parameter = self.layout.local(name)
             latent = self._latents.get(name)
             if latent is None or latent.shape != parameter.shape or latent.device != parameter.device:
-                latent = self._latents[name] = torch.empty_like(parameter, requires_grad=False)
+                latent = self._latents[name] = torch.empty_like(parameter)
             latent.copy_(parameter)
             compressed = latent
             for key in KEYS:
@@ -92,7 +97,7 @@ class Projection:
         if not self.projected:
             return
         for name, latent in self._latents.items():
-            self._put(name, latent)
+            self.layout.local(name).copy_(latent)
         self.projected = False
 
     @contextmanager
@@ -110,18 +115,19 @@ class Projection:
     def edit_gradients(self) -> None:
         """Apply the gradient rules: after the reduction, before clipping."""
         for name, (mask, decay) in self._decays.items():
-            grad = self.model.get_parameter(name).grad
+            grad = self.layout.grad(name)
             if grad is not None and decay:
                 grad.add_(self.latent(name).masked_fill(mask, 0), alpha=decay)
         for name, mask in self._grad_masks.items():
-            grad = self.model.get_parameter(name).grad
+            grad = self.layout.grad(name)
             if grad is not None:
                 grad.mul_(mask)
 
     def latent(self, name: str) -> torch.Tensor:
-        """The latent of `name`, live: the parameter itself while restored or when nothing compresses it."""
+        """What this rank holds of the latent of `name`, live: the parameter itself while restored or when nothing
+        compresses it."""
         latent = self._latents.get(self.owner(name)) if self.projected else None
-        return self.model.get_parameter(name).detach() if latent is None else latent
+        return self.layout.local(name) if latent is None else latent
 
     def finish(self) -> None:
         """Leave the compressed weights in the parameters for good and drop latents, functions and rules."""
@@ -136,7 +142,3 @@ class Projection:
         """The first name of the parameter that `name` stands for (they differ for tied parameters)."""
         parameter = self.model.get_parameter(name)
         return next(first for first, other in self.model.named_parameters() if other is parameter)
-
-    @torch.no_grad()
-    def _put(self, name: str, value: torch.Tensor) -> None:
-        self.model.get_parameter(name).copy_(value)

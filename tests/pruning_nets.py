@@ -124,6 +124,11 @@ def attach(
     return pruner, model, projection
 
 
+def unit_scores(pruner: Pruner) -> list[torch.Tensor]:
+    evidence = pruner._placed()
+    return pruner._unit_scores(evidence, evidence.gather(pruner.scorers))
+
+
 def micro_batch(step: int, micro: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1000 * step + micro)
     return torch.randn(4, 3, 4, 4, generator=generator), torch.randint(0, 5, (4,), generator=generator)

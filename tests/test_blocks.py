@@ -1,5 +1,7 @@
 """How a parameter is cut: by hand, back and forth, and what cannot be cut."""
 
+import math
+
 import pytest
 import torch
 
@@ -91,3 +93,35 @@ def test_channel_dims():
     assert [channel_dim(kind, 2, "out_channel") for kind in ("Linear", "Embedding", "ConvTranspose2d")] == [0, 1, 1]
     assert [channel_dim(kind, 2, "in_channel") for kind in ("Linear", "Embedding", "Conv1D")] == [1, 0, 0]
     assert channel_dim("ConvTranspose2d", 1, "out_channel") == 0  # its bias
+
+
+@pytest.mark.parametrize(
+    ("granularity", "shape", "kind", "slab"),
+    [
+        ("element", (3, 4), "Linear", 1),
+        ("element", (), "Linear", 1),
+        ([2, 2], (4, 6), "Linear", 12),  # two rows
+        ([1, -1], (4, 6), "Linear", 6),
+        ([-1, 1], (4, 6), "Linear", 24),  # columns: nothing smaller is contiguous
+        ([1, 1, -1, -1], (4, 3, 2, 2), "Conv2d", 4),
+        ([1, 3, 1, 1], (4, 6, 2, 2), "Conv2d", 12),
+        ("1:2", (4, 6), "Linear", 2),
+        ("2:4", (4, 8, 2, 3), "Conv2d", 48),
+        ("1:2", (4, 6), "Embedding", 24),  # along dim 0
+    ],
+)
+def test_slabs_are_contiguous_and_decided_on_their_own(granularity, shape, kind, slab):
+    blocks = Blocks.of(granularity, shape, kind, "it")
+    weight = torch.arange(math.prod(shape)).view(shape)
+    assert blocks.slab == slab
+    rows = blocks.rows(weight)
+    per, num = slab // blocks.size, weight.numel() // slab
+    for first, count in {(0, num), (num // 2, num - num // 2), (num - 1, 1)}:
+        part = blocks.slabs(count)
+        flat = weight.flatten()[first * slab : (first + count) * slab]
+        assert torch.equal(part.rows(flat.view(part.shape)), rows[first * per : (first + count) * per])
+        values = torch.arange(count * per)
+        full = torch.zeros(blocks.num, dtype=torch.int64)
+        full[first * per : (first + count) * per] = values
+        spread = blocks.spread(full).flatten()[first * slab : (first + count) * slab]
+        assert torch.equal(part.spread(values).flatten(), spread) and part.slab == slab

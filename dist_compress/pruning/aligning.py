@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from dist_compress import comm
 from dist_compress.blocks import Blocks, channel_dim
 from dist_compress.errors import UserError
+from dist_compress.layout import Layout
 from dist_compress.pruning.mask import owners
 from dist_compress.pruning.setting import Setting
 
@@ -43,27 +46,52 @@ def check_aligned(model: nn.Module, settings: Sequence[Setting], masked: Iterabl
     _in_order(settings, model)
 
 
-def align(model: nn.Module, settings: Sequence[Setting], masks: dict[str, torch.Tensor]) -> None:
+def align(layout: Layout, settings: Sequence[Setting], masks: dict[str, torch.Tensor]) -> None:
     """Add the masks of the aligned parameters: alive where the source has anything alive at the same place of `dims`;
-    of a block, where any of its weights would be."""
+    of a block, where any of its weights would be. Collective if a source is sharded: once for all that follow none."""
+    model = layout.model
     names = owners(model)
-    for setting in _in_order(settings, model):
-        assert setting.align is not None
-        source = _source(setting)
-        shape, own = model.get_parameter(source).shape, model.get_parameter(setting.parameter).shape
-        dims = [dim % len(shape) for dim in setting.align.dims]
-        full = masks[names[source]].expand(shape)
+    for ready in _in_order(settings, model):
+        alive = [_alive(layout, setting, names[_source(setting)], masks) for setting in ready]
+        sharded = [i for i, setting in enumerate(ready) if not layout.is_whole(names[_source(setting)])]
+        if sharded:
+            flat = torch.cat([alive[i].flatten() for i in sharded]).to(comm.device(), torch.uint8)
+            found = comm.all_reduce(flat, "max").bool().split([alive[i].numel() for i in sharded])
+            for i, vector in zip(sharded, found, strict=True):
+                alive[i] = vector.view(alive[i].shape)
+        for setting, places in zip(ready, alive, strict=True):
+            own = layout.shape(setting.parameter)
+            view = [1] * len(own)
+            for size, place in zip(places.shape, _places(setting, model), strict=True):
+                view[place] = size
+            mask = places.view(view)
+            blocks = _blocks(setting, model)
+            if blocks is not None:
+                mask = blocks.spread(blocks.rows(mask.expand(own)).any(1))
+            key = names[setting.parameter]
+            mask = layout.part(key, mask).to(layout.local(key).device)
+            masks[key] = masks[key] & mask if key in masks else mask
+
+
+def _alive(layout: Layout, setting: Setting, source: str, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Where this rank sees anything alive: bool, of the sizes of the source in the dims the target follows. Local."""
+    assert setting.align is not None
+    shape = layout.shape(source)
+    dims = [dim % len(shape) for dim in setting.align.dims]
+    if layout.is_whole(source):
         rest = [d for d in range(len(shape)) if d not in dims]
-        alive = full.permute(*dims, *rest).reshape(*(shape[d] for d in dims), -1).any(-1)
-        view = [1] * len(own)
-        for dim, place in zip(dims, _places(setting, model), strict=True):
-            view[place] = shape[dim]
-        mask = alive.view(view)
-        blocks = _blocks(setting, model)
-        if blocks is not None:
-            mask = blocks.spread(blocks.rows(mask.expand(own)).any(1))
-        key = names[setting.parameter]
-        masks[key] = masks[key] & mask if key in masks else mask
+        return masks[source].expand(shape).permute(*dims, *rest).reshape(*(shape[d] for d in dims), -1).any(-1)
+    kept = masks[source].expand(layout.local(source).shape).flatten()
+    runs = [
+        torch.arange(first, first + length, device=kept.device) for first, length in layout.runs(source, comm.rank())
+    ]
+    index = torch.cat([torch.zeros(0, dtype=torch.int64, device=kept.device), *runs])[kept]
+    places = torch.zeros_like(index)
+    for dim in dims:
+        places = places * shape[dim] + index // math.prod(shape[dim + 1 :]) % shape[dim]
+    alive = torch.zeros(math.prod(shape[d] for d in dims), dtype=torch.bool, device=kept.device)
+    alive[places] = True
+    return alive.view([shape[d] for d in dims])
 
 
 def _source(setting: Setting) -> str:
@@ -89,16 +117,16 @@ def _blocks(setting: Setting, model: nn.Module) -> Blocks | None:
     return Blocks.of(setting.granularity, shape, kind, f"{setting.name}: {setting.said_by('granularity')}")
 
 
-def _in_order(settings: Sequence[Setting], model: nn.Module) -> list[Setting]:
-    """Aligned targets, each behind the one that it follows. Raises UserError for a circle."""
+def _in_order(settings: Sequence[Setting], model: nn.Module) -> list[list[Setting]]:
+    """Aligned targets, each in a list behind that of the one that it follows. Raises UserError for a circle."""
     names = owners(model)
     waiting: Mapping[str, Setting] = {names[s.parameter]: s for s in settings if s.align}
-    ordered: list[Setting] = []
+    ordered: list[list[Setting]] = []
     while waiting:
         ready = [s for s in waiting.values() if names[_source(s)] not in waiting]
         if not ready:
             said = " and ".join(list(dict.fromkeys(s.said_by("align") for s in waiting.values()))[:2])
             raise UserError(f"{', '.join(s.name for s in waiting.values())} follow each other: {said}.")
-        ordered += ready
+        ordered.append(ready)
         waiting = {name: s for name, s in waiting.items() if s not in ready}
     return ordered

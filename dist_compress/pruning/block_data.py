@@ -1,4 +1,4 @@
-"""What data-driven methods hear of blocks of weights: the gradient of the last step, or sums over inputs.
+"""What data-driven methods hear of the inputs of layers, brought to the blocks of their weights.
 
 The inputs of all layers that are scored are one statistic; each layer that is solved has its own, which is large.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dist_compress.errors import UserError
+from dist_compress.layout import cut
 from dist_compress.linear_form import from_rows, has_linear_form
 from dist_compress.pruning.elements import BlockTensor, Elements
 from dist_compress.pruning.inputs import Inputs
@@ -19,14 +20,12 @@ from dist_compress.pruning.metric import Metric
 
 
 class BlockData:
-    """Rank r keeps gradients of the blocks it owns alone; inputs are heard as micro-batches are."""
+    """Inputs are heard as micro-batches are; only what belongs to the blocks of a rank is made there."""
 
     def __init__(self, elements: Elements, model: nn.Module, metrics: Mapping[str, Metric], num_micro: int) -> None:
         """`metrics`: by target. Local. Raises UserError for a layer whose inputs have no meaning here."""
-        self.model = model
-        self.by_gradient = [t for t in elements.tensors() if metrics[t.setting.name].hears_gradients]
+        self.model, self.elements = model, elements
         self.by_inputs = [t for t in elements.tensors() if metrics[t.setting.name].hears == "inputs"]
-        self.gradients: dict[str, torch.Tensor] = {}
         for tensor in self.by_inputs:
             _check(tensor, model)
         by_layer = {t.name: {t.setting.module: metrics[t.setting.name]} for t in self.by_inputs}
@@ -40,31 +39,19 @@ class BlockData:
         """By a name for the checkpoint."""
         return ({"inputs": self.inputs} if self.inputs else {}) | {f"inputs {n}": x for n, x in self.alone.items()}
 
-    def keep_gradients(self, targets: Collection[str]) -> None:
-        """Take this rank's blocks of the reduced gradients of `targets`; zeros where there is none. Local."""
-        for tensor in [t for t in self.by_gradient if t.setting.name in targets]:
-            start, end = tensor.owned()
-            grad = self.model.get_parameter(tensor.name).grad
-            if grad is None:
-                device = self.model.get_parameter(tensor.name).device
-                self.gradients[tensor.name] = torch.zeros(end - start, tensor.blocks.size, device=device)
-            else:
-                self.gradients[tensor.name] = tensor.blocks.rows(grad.detach())[start:end].clone()
-
-    def heard(self, targets: Collection[str]) -> dict[str, torch.Tensor]:
-        """{parameter: [owned blocks, weights of a block]} of those of `targets` that are driven by data. Collective if
-        any of them hears inputs."""
-        found, self.gradients = self.gradients, {}
+    def heard(self, targets: Collection[str]) -> dict[str, list[torch.Tensor]]:
+        """{parameter: [blocks, weights of a block] for each run of slabs this rank decides} of those of `targets` that
+        hear inputs. Collective if there are any."""
         wanted = [t for t in self.by_inputs if t.setting.name in targets]
         means = self.inputs.means() if self.inputs and wanted else {}
+        found = {}
         for tensor in wanted:
-            start, end = tensor.owned()
-            module = self.model.get_submodule(tensor.setting.module)
-            shape = self.model.get_parameter(tensor.name).shape
+            module, shape = self.model.get_submodule(tensor.setting.module), torch.Size(tensor.blocks.shape)
             mean = means[tensor.setting.module][:, None]  # [groups, 1, features]
             num_rows = shape.numel() // (mean.shape[0] * mean.shape[2])
-            rows = mean.expand(-1, num_rows, -1)
-            found[tensor.name] = tensor.blocks.rows(from_rows(module, rows, shape))[start:end]
+            full = from_rows(module, mean.expand(-1, num_rows, -1), shape)
+            runs = self.elements.placed.owned(tensor.name)
+            found[tensor.name] = [run.rows(cut(full, run.start, run.end)) for run in runs]
         return found
 
 

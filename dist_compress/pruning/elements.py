@@ -1,8 +1,9 @@
 """Blocks of weights, single weights and N:M patterns: scored and counted by one rank each; nobody holds all scores.
 
-Each rank owns a slice of every tensor's blocks. What it decides for its slice reaches the others as packed bits, so
-replicated masks have equal bits even if replicas had drifted apart. A threshold becomes a count, which needs one more
-sum over the ranks; then it is a ratio like any other. N:M patterns and rows are decided where they lie.
+Each rank decides the slabs of every tensor that it owns (see `ownership`). What it decides reaches those who hold the
+weights as packed bits, so replicated masks have equal bits even if replicas had drifted apart. A threshold becomes a
+count, which needs one more sum over the ranks; then it is a ratio like any other. N:M patterns and rows are decided
+where they lie.
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ from torch import nn
 from dist_compress import comm
 from dist_compress.blocks import Blocks
 from dist_compress.errors import UserError
-from dist_compress.pruning.mask import gather_bits, offsets, owned_slice, owners
+from dist_compress.exchange import Span
+from dist_compress.layout import Layout
+from dist_compress.pruning.mask import offsets, owners
 from dist_compress.pruning.metric import Metric
 from dist_compress.pruning.regrow import Swap, select_swapping, swapped
+from dist_compress.pruning.removed import Removed
 from dist_compress.pruning.select import Group, Shard, score_key, tie_key
 from dist_compress.pruning.setting import Setting
 from dist_compress.pruning.sparsity import count_bounds, share, threshold, threshold_count
 from dist_compress.target import Coupling
+
+GRAD = "grad of "  # of a parameter: its name in an exchange
 
 
 @dataclass(frozen=True)
@@ -42,20 +48,9 @@ class BlockTensor:
     def num(self) -> int:
         return self.blocks.num
 
-    def owned(self) -> tuple[int, int]:
-        """The blocks [start, end) that this rank decides. Local."""
-        start, end = owned_slice(self.num // self.blocks.group)
-        return start * self.blocks.group, end * self.blocks.group
-
-    def rows(self, latent: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """[owned, weights of a block]. Local."""
-        start, end = self.owned()
-        return self.blocks.rows(latent(self.name))[start:end]
-
 
 class Elements:
-    """All targets by blocks. `removed` is the decision so far: {parameter: bool [num blocks]}, the same on every
-    rank."""
+    """All targets by blocks. `place` comes before the first decision."""
 
     def __init__(
         self,
@@ -66,15 +61,15 @@ class Elements:
         metrics: Mapping[str, Metric],
     ) -> None:
         """`metrics` by target. Raises UserError."""
-        names, starts = owners(model), offsets(model)
+        names, starts = owners(model), offsets(Layout(model))
         macs = {layer.fqn: layer.macs for layer in coupling.layers}
-        self.removed: dict[str, torch.Tensor] = {}
         self.groups: dict[str, list[BlockTensor]] = {}
+        self.decided: Removed | None = None
         for setting in settings:
             if setting.align or setting.by_units:
                 continue
             name = names[setting.parameter]
-            if name in self.removed:
+            if name in {t.name for t in self.tensors()}:
                 raise UserError(
                     f"{setting.said_by('granularity')}: {setting.name} shares its weight {name} with another target. "
                     "Exclude one of them with exclude_op_names."
@@ -85,7 +80,6 @@ class Elements:
             by_rows = metrics[setting.name].by_rows and _by_rows(setting)
             if by_rows:
                 blocks = Blocks.in_rows(weight.shape, kind)
-            self.removed[name] = torch.zeros(blocks.num, dtype=torch.bool, device=weight.device)
             in_macs = compute == "macs" and setting.global_group_id is not None
             if in_macs and (setting.target != "weight" or macs.get(setting.module, 0) < weight.numel()):
                 raise UserError(
@@ -104,30 +98,57 @@ class Elements:
     def tensors(self) -> list[BlockTensor]:
         return [tensor for tensors in self.groups.values() for tensor in tensors]
 
+    def place(self, layout: Layout) -> None:
+        """Say who holds what from here on; nothing is removed yet. Local."""
+        self.decided = Removed({t.name: t.blocks for t in self.tensors()}, layout)
+
+    @property
+    def placed(self) -> Removed:
+        assert self.decided, "place comes first"
+        return self.decided
+
+    @property
+    def removed(self) -> dict[str, torch.Tensor]:
+        """The decision so far: {parameter: bool [blocks that this rank holds]}."""
+        if self.decided is None:
+            return {x.name: torch.zeros(x.num, dtype=torch.bool) for x in self.tensors()}
+        return self.decided.bits
+
+    def num_removed(self, tensor: BlockTensor) -> int:
+        """Blocks that are removed, over all ranks. Local, the same on every rank."""
+        return self.decided.counts[tensor.name] if self.decided else 0
+
+    def wants(self, rank: int, metrics: Mapping[str, Metric], gradients: bool) -> list[Span]:
+        """What `rank` needs to score the targets in `metrics`: its weights, and if there are `gradients`, theirs where
+        they are heard. Local."""
+        return [
+            Span(name, first, first + count)
+            for t in self.tensors()
+            if (metric := metrics.get(t.setting.name)) and not metric.solves
+            for name in ([t.name, GRAD + t.name] if gradients and metric.hears_gradients else [t.name])
+            for first, count in self.placed.weights(t.name, rank)
+        ]
+
     def decide(
         self,
         t: int,
         fraction: float,
         metrics: Mapping[str, Metric],
         latent: Callable[[str], torch.Tensor],
-        heard: Mapping[str, torch.Tensor],
+        weights: Mapping[str, Sequence[torch.Tensor]],
+        heard: Mapping[str, Sequence[torch.Tensor]],
     ) -> None:
-        """Update `removed` of the targets in `metrics` that are scored. Collective. `heard`, by parameter, is what
-        data says of this rank's blocks."""
+        """Update `removed` of the targets in `metrics` that are scored. Collective.
+
+        `weights` and `heard`, by parameter: for each run of slabs that this rank decides [blocks, weights of a block]
+        of the latent, and of what data says of it. `latent`: what this rank holds of a parameter.
+        """
         scored = {target for target, metric in metrics.items() if not metric.solves}
         deciding = {name: members for name, members in self.groups.items() if members[0].setting.name in scored}
         tensors = [tensor for members in deciding.values() for tensor in members]
         if not tensors:
             return
-        shards: dict[str, Shard] = {}
-        for tensor in tensors:
-            start, end = tensor.owned()
-            rows = tensor.rows(latent)
-            metric = metrics[tensor.setting.name]
-            scores = metric.block_scores(rows, heard.get(tensor.name)).float()
-            if metric.stays_removed:
-                scores = scores.masked_fill(self.removed[tensor.name][start:end], -torch.inf)
-            shards[tensor.name] = Shard(tensor.setting.name, tensor.base + start, scores, tensor.cost)
+        shards = {x.name: self._shards(x, metrics[x.setting.name], weights[x.name], heard.get(x.name)) for x in tensors}
         counts = _count_below(tensors, shards, fraction)
         groups, swaps = [], {}
         for name, members in deciding.items():
@@ -135,37 +156,56 @@ class Elements:
                 target, bounds = counts.get(members[0].name), {}
                 if target is None:
                     target, bounds = _target(members, fraction)
-                own = [shards[t.name] for t in members]
-                groups.append(Group(name, target, [s.module for s in own], own, bounds))
+                own, unit = [shard for x in members for shard in shards[x.name]], math.gcd(*(x.cost for x in members))
+                groups.append(Group(name, target, [x.setting.name for x in members], own, bounds, unit))
                 metric, head = metrics[members[0].setting.name], members[0]
                 if metric.regrows and head.name in heard:
-                    rows, total = head.rows(latent), head.num * head.cost
-                    growth = metric.growth_scores(rows, heard[head.name])
+                    total = head.num * head.cost
+                    growth = [metric.growth_scores(*x) for x in zip(weights[head.name], heard[head.name], strict=True)]
                     swaps[name] = Swap(swapped(metric.exchanged(t), total - target, head.cost), growth)
         chosen = iter([mask for masks in select_swapping(groups, swaps) for mask in masks])
-        parts = [_in_runs(t, shards[t.name], fraction) if t.in_runs else next(chosen) for t in tensors]
-        bits = gather_bits(parts, [t.num for t in tensors], [t.blocks.group for t in tensors])
-        for tensor, removed in zip(tensors, bits, strict=True):
-            if metrics[tensor.setting.name].regrows:
-                back = self.removed[tensor.name] & ~removed
-                latent(tensor.name).masked_fill_(tensor.blocks.spread(back), 0)
-            self.removed[tensor.name] = removed
+        before = self.removed
+        self.placed.tell(
+            {
+                x.name: [_in_runs(x, shard, fraction) if x.in_runs else next(chosen) for shard in shards[x.name]]
+                for x in tensors
+            }
+        )
+        for x in tensors:
+            if metrics[x.setting.name].regrows:
+                back = before[x.name] & ~self.removed[x.name]
+                latent(x.name).masked_fill_(self.placed.spread(x.name, back), 0)
+
+    def _shards(
+        self, x: BlockTensor, metric: Metric, weights: Sequence[torch.Tensor], heard: Sequence[torch.Tensor] | None
+    ) -> list[Shard]:
+        """One for each run of slabs that this rank decides. Local."""
+        shards = []
+        for i, (run, rows) in enumerate(zip(self.placed.owned(x.name), weights, strict=True)):
+            scores = metric.block_scores(rows, heard[i] if heard is not None else None).float()
+            if metric.stays_removed:
+                scores = scores.masked_fill(run.removed, -torch.inf)
+            shards.append(Shard(x.setting.name, x.base + run.first_block, scores, x.cost))
+        return shards
 
     def masks(self) -> dict[str, torch.Tensor]:
-        """{parameter: bool, True = keep}."""
-        return {t.name: t.blocks.spread(~self.removed[t.name]) for t in self.tensors()}
+        """{parameter: bool, True = keep}, broadcastable to what this rank holds of it. Local."""
+        if self.decided is None:
+            return {x.name: torch.ones([1] * len(x.blocks.shape), dtype=torch.bool) for x in self.tensors()}
+        return {x.name: self.decided.spread(x.name, ~self.removed[x.name]) for x in self.tensors()}
 
     def decays(self, metrics: Mapping[str, Metric]) -> dict[str, tuple[torch.Tensor, float]]:
         """{parameter: (bool, True = keep, factor of the latent)} where gradients of masked weights stay."""
+        masks = self.masks()
         return {
-            t.name: (t.blocks.spread(~self.removed[t.name]), decay)
-            for t in self.tensors()
-            if (decay := metrics[t.setting.name].masked_decay) is not None
+            x.name: (masks[x.name], decay)
+            for x in self.tensors()
+            if (decay := metrics[x.setting.name].masked_decay) is not None
         }
 
     def given(self, tensors: Sequence[BlockTensor]) -> float:
         """Fraction of the cost of a group that is removed."""
-        gone = sum(int(self.removed[t.name].sum()) * t.cost for t in tensors)
+        gone = sum(self.num_removed(t) * t.cost for t in tensors)
         return gone / sum(t.num * t.cost for t in tensors)
 
 
@@ -202,7 +242,9 @@ def _target(tensors: Sequence[BlockTensor], fraction: float) -> tuple[int, dict[
     return min(max(math.ceil(ratio * total), low), high), {} if free else bounds
 
 
-def _count_below(tensors: Sequence[BlockTensor], shards: Mapping[str, Shard], fraction: float) -> dict[str, int]:
+def _count_below(
+    tensors: Sequence[BlockTensor], shards: Mapping[str, Sequence[Shard]], fraction: float
+) -> dict[str, int]:
     """{parameter: cost to remove} of the targets with a threshold. Collective if any target has one or is decided in
     runs, whose NaN scores it refuses."""
     local = [t for t in tensors if not _has_ratio(t)]
@@ -210,11 +252,12 @@ def _count_below(tensors: Sequence[BlockTensor], shards: Mapping[str, Shard], fr
         return {}
     rows = []
     for t in local:
-        scores = shards[t.name].scores
-        asked = t.setting.sparse_threshold is not None
-        below = scores < threshold(t.setting, fraction) if asked else torch.zeros_like(scores, dtype=torch.bool)
-        rows.append(torch.stack([(below | (scores == -torch.inf)).sum(), scores.isnan().sum()]))
-    table = comm.all_reduce(torch.stack(rows)).tolist()
+        asked = t.setting.sparse_threshold
+        limit = -torch.inf if asked is None else threshold(t.setting, fraction)
+        scores = [shard.scores for shard in shards[t.name]]
+        below = sum(int(((x < limit) | (x == -torch.inf)).sum()) for x in scores)
+        rows.append([below, sum(int(x.isnan().sum()) for x in scores)])
+    table = comm.all_reduce(torch.tensor(rows, device=comm.device())).tolist()
     counts = {}
     for t, (below, nan) in zip(local, table, strict=True):
         if nan:
@@ -228,7 +271,7 @@ def _count_below(tensors: Sequence[BlockTensor], shards: Mapping[str, Shard], fr
 
 
 def _in_runs(tensor: BlockTensor, shard: Shard, fraction: float) -> torch.Tensor:
-    """bool [owned]: the least important of each run, a row or M consecutive weights, as many as are due. Local."""
+    """bool [n]: the least important of each run, a row or M consecutive weights, as many as are due. Local."""
     size = tensor.blocks.group
     if tensor.setting.pattern:
         keep, of = tensor.setting.pattern

@@ -1,9 +1,9 @@
 """The pruner: asks metrics for scores when the schedule says so, selects, and keeps the masks on.
 
 A decision is collective and takes place between optimizer step and projection, on latent weights. The
-owner of a unit set (set g: rank g mod N) scores it in float64; one all-reduce of one flat buffer hands all
-scores to all ranks, which then spend the ratio by the same integer arithmetic. What was removed stays
-removed, unless the method says otherwise: then it may decide again after the schedule, too.
+owner of a unit set scores it in float64 (of sharded weights it is sent what it lacks); one all-reduce of one
+flat buffer hands all scores to all ranks, which then spend the ratio by the same integer arithmetic. What was
+removed stays removed, unless the method says otherwise: then it may decide again after the schedule, too.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from dist_compress.pruning.budget import Budget, limit_budget, ratio_budget
 from dist_compress.pruning.checks import check_method, has_limit
 from dist_compress.pruning.config_list import resolve
 from dist_compress.pruning.distribution import distribute
-from dist_compress.pruning.elements import Elements
+from dist_compress.pruning.elements import GRAD, Elements
+from dist_compress.pruning.evidence import Evidence, Found, local_view, view
 from dist_compress.pruning.gates import Gates
 from dist_compress.pruning.listener import Listener, UnitListener
-from dist_compress.pruning.metric import Metric, View, build_metric
+from dist_compress.pruning.metric import Metric, build_metric
 from dist_compress.pruning.outputs import Outputs
 from dist_compress.pruning.schedule import decisions, due
 from dist_compress.pruning.setting import AT_MOST, Setting
@@ -73,12 +74,12 @@ class Pruner(Method):
                 "are coupled with; pruning=none trains without."
             )
         self.removed = [torch.zeros(s.num_units, dtype=torch.bool) for s in self.sets]
-        for i, s in enumerate(self.sets):
-            self.scorers[s.targets[0]].check(self._view(i))
+        for s in self.sets:
+            self.scorers[s.targets[0]].check(view(s, context.projection.latent))
         self.budgets = self._budgets()
         for group in self.budgets.values():
             group.wanted(1.0)
-        check_aligned(model, self.settings, self._target_masks())
+        check_aligned(model, self.settings, self._masked())
         driven = [s for s in self.settings if not s.align and self.scorers[s.name].data_driven]
         self.schedule = decisions(
             self.config.schedule,
@@ -108,6 +109,15 @@ class Pruner(Method):
         self.block_data = BlockData(self.elements, model, self.scorers, context.num_micro)
         self.listeners: dict[str, Listener] = {**self.unit_listeners, **self.block_data.listeners()}
         self._listen(0)
+        self.evidence: Evidence | None = None
+
+    def _placed(self) -> Evidence:
+        """Who decides what. Asked for once the model is as it will be trained: wrapped, and sharded or not. Local."""
+        if self.evidence is None:
+            projection = self.context.projection
+            self.elements.place(projection.layout)
+            self.evidence = Evidence(projection, self.sets, self.elements, self.scorers)
+        return self.evidence
 
     def _budgets(self) -> dict[str, Budget]:
         """One for each global group of channels; that of the whole model, which depends on all others, last."""
@@ -144,10 +154,12 @@ class Pruner(Method):
 
     def before_step(self, step: int) -> None:
         if self.frozen is None and step < max(self.schedule):
-            for i, s in enumerate(self.sets):
-                self.scorers[s.targets[0]].edit_gradients(self._view(i), self._gradient)
+            projection = self.context.projection
+            for s in self.sets:
+                metric = self.scorers[s.targets[0]]
+                metric.edit_gradients(local_view(s, projection), projection.layout.grad)
         if self.frozen is None and step + 1 in self.due:
-            self.block_data.keep_gradients(self.due[step + 1])
+            self._placed().keep_gradients(self.due[step + 1])
         self._listen(step + 1)
 
     def after_step(self, step: int) -> None:
@@ -157,13 +169,15 @@ class Pruner(Method):
     def decide(self, t: int) -> None:
         """Spend the share of the ratio due after `t` optimizer steps. Collective."""
         fraction = self.schedule[max(s for s in self.schedule if s <= t)]
+        evidence = self._placed()
+        found = evidence.gather(self.due[t])
         if any(s.targets[0] in self.due[t] for s in self.sets):
-            self._decide_units(fraction, self.due[t])
-        heard, latent = self.block_data.heard(self.due[t]), self.context.projection.latent
-        self.elements.decide(t, fraction, self.due[t], latent, heard)
+            self._decide_units(fraction, self.due[t], self._unit_scores(evidence, found))
+        heard = evidence.rows(found, GRAD) | self.block_data.heard(self.due[t])
+        latent = self.context.projection.latent
+        self.elements.decide(t, fraction, self.due[t], latent, evidence.rows(found), heard)
         if solved := [x for x in self.block_data.solved if x.setting.name in self.due[t]]:
-            alone, removed = self.block_data.alone, self.elements.removed
-            solve(solved, self.scorers, alone, self.context.model, removed, fraction, latent)
+            solve(solved, self.due[t], self.block_data.alone, evidence, found, fraction)
         if t in self.schedule:
             for listener in self.listeners.values():
                 listener.statistic.reset()
@@ -173,8 +187,7 @@ class Pruner(Method):
             self.history.pop()  # of the decisions beside the schedule the last one is told
         self.history.append((t, self.sparse_ratio(), mark))
 
-    def _decide_units(self, fraction: float, due: Mapping[str, Metric]) -> None:
-        scores = self._unit_scores()
+    def _decide_units(self, fraction: float, due: Mapping[str, Metric], scores: list[torch.Tensor]) -> None:
         bases = [0]
         for s in self.sets:
             bases.append(bases[-1] + s.num_units)
@@ -193,7 +206,7 @@ class Pruner(Method):
             for i, removed in zip(members, group.spend(*own, fraction), strict=True):
                 self.removed[i] = torch.from_numpy(removed)
 
-    def _unit_scores(self) -> list[torch.Tensor]:
+    def _unit_scores(self, evidence: Evidence, found: Found) -> list[torch.Tensor]:
         """float32 [num_units] of each set, on the CPU, the same on every rank. Collective."""
         means: dict[int, torch.Tensor] = {}
         for heard, listener in self.unit_listeners.items():
@@ -202,8 +215,9 @@ class Pruner(Method):
         device = next(self.context.model.parameters()).device
         flat = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         for i, (s, out) in enumerate(zip(self.sets, flat.split(sizes), strict=True)):
-            if i % comm.world_size() == comm.rank():
-                out.copy_(self.scorers[s.targets[0]].unit_scores(self._view(i, means.get(i))))
+            if evidence.owner[i] == comm.rank():
+                seen = view(s, lambda name: evidence.whole(name, found), means.get(i))
+                out.copy_(self.scorers[s.targets[0]].unit_scores(seen))
         scores = comm.all_reduce(flat).float().cpu().split(sizes)
         for s, values in zip(self.sets, scores, strict=True):
             if values.isnan().any():
@@ -213,28 +227,26 @@ class Pruner(Method):
                 )
         return list(scores)
 
-    def _view(self, i: int, statistic: torch.Tensor | None = None) -> View:
-        s = self.sets[i]
-        scales = tuple(m for m in s.masked if m.role == "affine" and m.fqn.endswith("weight"))
-        return View(s.num_units, s.scored, self.context.projection.latent, statistic, scales)
-
-    def _gradient(self, name: str) -> torch.Tensor | None:
-        return self.context.model.get_parameter(name).grad
-
     def masks(self) -> Masks:
-        """{parameter: bool, True = keep, broadcastable to it} of every parameter that may be masked."""
+        """{parameter: bool, True = keep} of every parameter that may be masked, broadcastable to what this rank holds
+        of it. Collective if others follow a sharded parameter."""
         if self.frozen is not None:
             return self.frozen
         masks = self._target_masks()
-        align(self.context.model, self.settings, masks)
+        align(self.context.projection.layout, self.settings, masks)
         return masks
 
     def _target_masks(self) -> Masks:
-        model = self.context.model
-        masks = masking.unit_masks(model, self.sets, self.removed)
+        masks = masking.unit_masks(self.context.projection.layout, self.sets, self.removed)
         for name, own in self.elements.masks().items():
             masks[name] = masks[name] & own if name in masks else own
         return masks
+
+    def _masked(self) -> list[str]:
+        """The parameters that have a mask of their own, by their first names."""
+        names = masking.owners(self.context.model)
+        units = [names[m.fqn] for s in self.sets for m in s.masked]
+        return list(dict.fromkeys([*units, *(t.name for t in self.elements.tensors())]))
 
     def _put_on(self, step: int) -> str:
         """Hand the masks to the projection. Returns their fingerprint, equal on all ranks. Collective."""
@@ -250,14 +262,14 @@ class Pruner(Method):
             own, decay = soft.get(name, (None, 0.0))
             projection.mask_grad(name, mask if own is None else mask | ~own)
             projection.decay_masked(name, own, decay)
-        mark = masking.fingerprint(self.context.model, masks)
+        mark = masking.fingerprint(projection.layout, masks)
         comm.check_equal("pruning masks", mark, step)
         return mark
 
     def detach(self) -> None:
         """Zero the masked weights for good, in the latent too; leave projection and hooks. No decision
         follows."""
-        projection, model = self.context.projection, self.context.model
+        projection = self.context.projection
         masks = self.masks()
         with torch.no_grad():
             for name, mask in masks.items():
@@ -265,7 +277,7 @@ class Pruner(Method):
                 projection.remove(name, "mask")
                 projection.mask_grad(name, None)
                 projection.decay_masked(name, None)
-        self.frozen = {name: mask.expand(model.get_parameter(name).shape) for name, mask in masks.items()}
+        self.frozen = {name: mask.expand(projection.layout.local(name).shape) for name, mask in masks.items()}
         for listener in self.listeners.values():
             listener.close()
 
@@ -274,14 +286,15 @@ class Pruner(Method):
         masked from here on. Between `detach` and the next step. Collective."""
         assert self.frozen is not None, "detach before a shrink"
         sliced = transform({name: mask.contiguous() for name, mask in self.frozen.items()})
-        model = self.context.model  # what the shrink folded into a masked bias is no zero any more
-        self.frozen = {name: mask | (model.get_parameter(name).detach() != 0) for name, mask in sliced.items()}
+        layout = self.context.projection.layout  # what the shrink folded into a masked bias is no zero any more
+        self.frozen = {name: mask | (layout.local(name) != 0) for name, mask in sliced.items()}
         self._put_on(self.history[-1][0] if self.history else 0)
 
     def sparse_ratio(self) -> float:
         """Units and single weights removed, as a fraction of all that are free to go."""
-        removed = [*self.removed, *self.elements.removed.values()]
-        return sum(int(r.sum()) for r in removed) / sum(len(r) for r in removed)
+        tensors = self.elements.tensors()
+        gone = sum(int(r.sum()) for r in self.removed) + sum(self.elements.num_removed(t) for t in tensors)
+        return gone / (sum(len(r) for r in self.removed) + sum(t.num for t in tensors))
 
     def notes(self) -> list[str]:
         return overrides(self.settings)
@@ -314,9 +327,10 @@ class Pruner(Method):
         if self.frozen is not None:
             return {"masks": dict(self.frozen), "history": history}
         none = torch.zeros(0, dtype=torch.bool)
+        self._placed()  # a checkpoint is written in training
         return {
             "units": torch.cat([none, *self.removed]),
-            "elements": dict(self.elements.removed),
+            "elements": self.elements.placed.state_dict(),
             "statistics": {heard: x.statistic.state_dict() for heard, x in self.listeners.items()},
             "history": history,
         }
@@ -329,15 +343,17 @@ class Pruner(Method):
             self.frozen = {name: state["masks"][name].to(mask.device) for name, mask in self.frozen.items()}
             self._put_on(self.history[-1][0])
             return
-        elements = {name: state["elements"].get(name) for name in self.elements.removed}
+        sizes = {t.name: t.num for t in self.elements.tensors()}
+        elements = {name: state["elements"].get(name) for name in sizes}
         known = state["units"].numel() == sum(len(r) for r in self.removed)
-        if not known or any(e is None or e.shape != self.elements.removed[n].shape for n, e in elements.items()):
+        if not known or any(e is None or len(e) != sizes[n] for n, e in elements.items()):
             raise UserError(
                 "The checkpoint was written with another pruning.config_list or model. Resume with the config that "
                 "lies in the run folder, or start anew with another run_dir."
             )
         self.removed = list(state["units"].cpu().split([len(r) for r in self.removed]))
-        self.elements.removed = {n: e.to(self.elements.removed[n].device) for n, e in elements.items()}
+        self._placed()
+        self.elements.placed.load_state_dict(elements)
         for heard, listener in self.listeners.items():
             listener.statistic.load_state_dict(state["statistics"][heard])
             listener.awake = True

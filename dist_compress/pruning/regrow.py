@@ -18,10 +18,10 @@ from dist_compress.pruning.select import Group, select
 
 @dataclass(frozen=True)
 class Swap:
-    """What a group of a single shard exchanges. `cost` is the same on every rank."""
+    """What a group exchanges. `cost` is the same on every rank."""
 
     cost: int  # of what goes and comes back
-    growth: torch.Tensor  # float [n] of this rank's blocks, highest come back first
+    growth: Sequence[torch.Tensor]  # float [n] of the blocks of each shard, highest come back first
 
 
 def swapped(fraction: float, kept: int, cost: int) -> int:
@@ -37,9 +37,9 @@ def select_swapping(groups: Sequence[Group], swaps: Mapping[str, Swap]) -> list[
     growing = []
     for group, masks in zip(groups, chosen, strict=True):
         if group.name in more:
-            [shard], [gone] = group.shards, masks
-            scores = swaps[group.name].growth.float().clamp(max=torch.finfo(torch.float32).max)
-            scores = scores.masked_fill(~gone, torch.inf)  # what is kept stays
-            growing.append(replace(group, shards=[replace(shard, scores=scores)]))
+            growth = [g.float().clamp(max=torch.finfo(torch.float32).max) for g in swaps[group.name].growth]
+            scores = [g.masked_fill(~gone, torch.inf) for g, gone in zip(growth, masks, strict=True)]  # kept ones stay
+            shards = [replace(shard, scores=s) for shard, s in zip(group.shards, scores, strict=True)]
+            growing.append(replace(group, shards=shards))
     back = iter(select(growing))
     return [next(back) if group.name in more else masks for group, masks in zip(groups, chosen, strict=True)]

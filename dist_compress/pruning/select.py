@@ -50,6 +50,7 @@ class Group:
     modules: Sequence[str]
     shards: Sequence[Shard]  # any order, any number of a module
     bounds: dict[str, tuple[int, int]] = field(default_factory=dict)  # module -> fewest, most elements removed
+    unit: int = 1  # divides every cost, here and on the other ranks
 
 
 @dataclass
@@ -119,7 +120,7 @@ def select(groups: Sequence[Group], digits: Sequence[int] = SCORE_DIGITS) -> lis
                 f"{group.name}: a cost of {group.target} of {sum(m.cost for m in modules)} is to be removed, but "
                 f"min_sparse_ratio and max_sparse_ratio allow {removed} to {free} only. Change one of them."
             )
-        queries.append(_query(max(group.target, removed), group.shards, group_keys))
+        queries.append(_query(max(group.target, removed), group.shards, group_keys, group.unit))
     _radix(queries, digits)
     return [
         [_removed(query.limit, k, shard) for k, shard in zip(group_keys, group.shards, strict=True)]
@@ -186,18 +187,18 @@ def _apply_bounds(
     return bounded
 
 
-def _query(need: int, shards: Sequence[Shard], keys: Sequence[torch.Tensor]) -> _Query:
-    """Equal integer costs are counted as one: `need` becomes a number of elements."""
+def _query(need: int, shards: Sequence[Shard], keys: Sequence[torch.Tensor], unit: int = 1) -> _Query:
+    """`need` is rounded up to what costs can add up to, so that a bin may be used up exactly."""
     device = keys[0].device if keys else torch.device("cpu")
     alive = keys[0] if len(keys) == 1 else torch.cat([torch.zeros(0, dtype=torch.int32, device=device), *keys])
     costs = {s.cost for s in shards if isinstance(s.cost, int)}
     cost: int | torch.Tensor
-    if len(costs) == 1 and all(isinstance(s.cost, int) for s in shards):
-        need, cost = -(-need // costs.pop()), 1
+    if len(costs) <= 1 and all(isinstance(s.cost, int) for s in shards):
+        cost = costs.pop() if costs else unit
     else:
         full = [torch.ones_like(k, dtype=torch.int64) * s.cost for s, k in zip(shards, keys, strict=True)]
         cost = torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *full])
-    return _Query(need, shards, keys, alive, cost, done=need == 0)
+    return _Query(-(-need // unit) * unit, shards, keys, alive, cost, done=need == 0)
 
 
 def _radix(queries: list[_Query], digits: Sequence[int]) -> None:

@@ -58,6 +58,11 @@ class Kept:
     num_channels: int  # of the target, in all
 
 
+def scales(units: UnitSet) -> tuple[Member, ...]:
+    """The weights of the norms behind the units."""
+    return tuple(m for m in units.masked if m.role == "affine" and m.fqn.endswith("weight"))
+
+
 def collect(settings: list[Setting], coupling: Coupling, model: nn.Module) -> tuple[list[UnitSet], list[Kept]]:
     """The unit sets of all channel targets, and the targets that cannot be pruned. Raises UserError."""
     alone = {s.parameter: s for s in settings if not s.align}  # these follow nobody

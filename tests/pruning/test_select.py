@@ -120,8 +120,20 @@ def test_costs_give_the_shortest_prefix_that_reaches_the_target(ranks):
 
 def test_equal_costs_round_up_to_whole_elements():
     shards = shards_of(scores_of("normal"), 0, 1, cost=7)
-    got = whole(shards, select([Group("g", 100, MODULES, shards)])[0])
-    assert torch.equal(got, oracle(scores_of("normal"), 15))
+    for unit in (1, 7):
+        got = whole(shards, select([Group("g", 100, MODULES, shards, unit=unit)])[0])
+        assert torch.equal(got, oracle(scores_of("normal"), 15))
+
+
+def costly_on_one_rank() -> torch.Tensor:
+    scores = scores_of("bf16")
+    shards = [Shard("layer0", 0, scores, 7)] if comm.rank() == 0 else []
+    return whole(shards, select([Group("g", 100, ["layer0"], shards, unit=7)])[0])
+
+
+def test_ranks_without_any_element_take_part(ranks):
+    for got in ranks(3, costly_on_one_rank):
+        assert torch.equal(got, oracle(scores_of("bf16"), 15))
 
 
 BOUNDS = {"layer0": (300, 400), "layer2": (0, 100), "layer4": (450, 500)}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pruning_nets import COUPLING, Net, attach, config
+from pruning_nets import COUPLING, Net, attach, config, unit_scores
 
 from dist_compress.errors import UserError
 from dist_compress.pruning.budget import Budget, Currency
@@ -101,7 +101,7 @@ def test_the_ratio_is_met_within_one_unit(compute):
         assert spent >= share(ratio) * total
         last = max(  # giving back the most important unit that was removed falls below the target
             (float(score), i, u)
-            for i, scores in enumerate(pruner._unit_scores())
+            for i, scores in enumerate(unit_scores(pruner))
             for u, score in enumerate(scores)
             if removed[i][u]
         )

@@ -7,6 +7,7 @@ from torch import nn
 
 from dist_compress.errors import UserError
 from dist_compress.hashing import splitmix64
+from dist_compress.layout import Layout
 from dist_compress.pruning import mask as masking
 from dist_compress.target import Coupling, UnitGroup
 
@@ -164,11 +165,11 @@ def test_fingerprint_is_the_sum_of_hashes_of_removed_positions():
     model = nn.Linear(3, 2)
     keep = torch.tensor([[True], [False]])
     whole = keep.expand(2, 3).contiguous()
-    assert masking.fingerprint(model, {"weight": keep}) == masking.fingerprint(model, {"weight": whole})
+    assert masking.fingerprint(Layout(model), {"weight": keep}) == masking.fingerprint(Layout(model), {"weight": whole})
     total = int(splitmix64(torch.tensor([3, 4, 5])).sum()) % 2**64
-    assert masking.fingerprint(model, {"weight": keep}) == f"{total:016x}"
-    assert masking.fingerprint(model, {"bias": torch.tensor([True, False])}) != masking.fingerprint(
-        model, {"bias": torch.tensor([False, True])}
+    assert masking.fingerprint(Layout(model), {"weight": keep}) == f"{total:016x}"
+    assert masking.fingerprint(Layout(model), {"bias": torch.tensor([True, False])}) != masking.fingerprint(
+        Layout(model), {"bias": torch.tensor([False, True])}
     )
     assert splitmix64(torch.tensor([0])).item() == 0xE220A8397B1DCDAF - 2**64  # splitmix64's first output
-    assert masking.fingerprint(model, {}) == "0" * 16
+    assert masking.fingerprint(Layout(model), {}) == "0" * 16

@@ -56,9 +56,9 @@ def test_by_hand():
     assert mask_of(heard(model, inputs, {"sparse_ratio": 0.25}), model).tolist() == [[False, True, True, True]] * 2
     pruner = heard(model, inputs)
     [tensor] = pruner.elements.tensors()
-    scores = pruner.scorers["layer"].block_scores(
-        layer.weight.detach().view(-1, 1), pruner.block_data.heard(["layer"])[tensor.name]
-    )
+    pruner._placed()
+    [norms] = pruner.block_data.heard(["layer"])[tensor.name]
+    scores = pruner.scorers["layer"].block_scores(layer.weight.detach().view(-1, 1), norms)
     ratio = scores / scores[0]
     assert ratio.tolist() == pytest.approx([1, 15 / 4, 3, 3, 0.1, 0.375, 0.3, 0.3], rel=1e-6)
     whole = mask_of(heard(model, inputs, {"sparse_threshold": 1.0, "max_sparse_ratio": 0.5}), model)
