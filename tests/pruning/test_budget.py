@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from pruning_nets import COUPLING, TABLE, Net, attach, config, train
+from pruning_nets import COUPLING, TABLE, Net, attach, config, train, unit_scores
 
 from dist_compress import pruning
 from dist_compress.config import load
@@ -80,7 +80,7 @@ def test_one_unit_less_would_miss_it() -> None:
     budget = pruner.budgets["pruning.at_most"]
     gone = [r.numpy().copy() for r in pruner.removed]
     assert budget.cost(gone) <= 9000
-    weighed = budget.weighed(budget.currencies[0], pruner._unit_scores())
+    weighed = budget.weighed(budget.currencies[0], unit_scores(pruner))
     scores = [(float(s), i, u) for i, own in enumerate(weighed) for u, s in enumerate(own) if gone[i][u]]
     _, i, u = max(scores)
     gone[i][u] = False
