@@ -24,7 +24,12 @@ import torch
 from dist_compress.errors import UserError
 
 Granularity = str | list[Any]
-NAMES = ("default", "out_channel", "in_channel", "element")
+NAMES = ("default", "out_channel", "in_channel", "per_channel", "element")
+CHANNELS_LAST = ("Linear", "Bilinear", "LayerNorm", "RMSNorm", "Embedding", "EmbeddingBag", "Conv1D")
+CHANNELS_FIRST = (
+    "Conv1d", "ConvTranspose1d", "BatchNorm", "SyncBatchNorm", "InstanceNorm", "GroupNorm", "MaxPool", "AvgPool",
+    "AdaptiveMaxPool", "AdaptiveAvgPool", "LPPool", "Dropout1d", "PReLU", "Upsample",
+)  # fmt: skip
 OUT_DIM_1 = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Embedding", "Conv1D")  # the last: transformers'
 
 
@@ -35,8 +40,6 @@ def parse(value: Any, key: str) -> Granularity:
         if m and int(n) >= int(m):
             raise UserError(f"{key}={value!r}: N:M keeps N of each M weights, so N must be below M, as in '2:4'.")
         return value
-    if value == "per_channel":
-        raise UserError(f"{key}='per_channel' is for activations. A parameter has out_channel and in_channel.")
     if isinstance(value, list) and value:
         kernel, mode, pad = value if isinstance(value[0], list) and len(value) == 3 else (value, "front", 1)
         if _is_kernel(kernel) and mode in ("front", "back") and _is_kernel([pad]):
@@ -63,6 +66,17 @@ def channel_dim(kind: str, num_dims: int, granularity: str) -> int:
     """The dim of a parameter of a module of class `kind` that out_channel or in_channel is about."""
     out = int(kind in OUT_DIM_1 and num_dims > 1)
     return 1 - out if granularity == "in_channel" else out
+
+
+def activation_dim(kind: str, num_dims: int) -> int:
+    """The channel dim of what goes into or comes out of a module of class `kind`; dim 0 holds the samples.
+
+    The last one for layers that work on it (Linear, LayerNorm, Embedding, ...), and for others if there are three, as
+    in [samples, tokens, features]; dim 1 for convolutions, their norms and pools, and wherever else.
+    """
+    if kind in CHANNELS_LAST:
+        return num_dims - 1
+    return 2 if num_dims == 3 and not kind.startswith(CHANNELS_FIRST) else 1
 
 
 @dataclass(frozen=True)

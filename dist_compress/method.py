@@ -87,6 +87,11 @@ class Method:
         """Series to log, e.g. {"pruning/sparse_ratio": 0.4}. Local, cheap."""
         return {}
 
+    def added(self) -> list[str]:
+        """Names of the tensors that the method has put into the model and that its state holds: what is done to them is
+        no part of a plan that others apply. Local."""
+        return []
+
     def results(self) -> dict[str, Any]:
         """For the report, after the last decision: JSON-like."""
         return {}
@@ -98,14 +103,14 @@ class Method:
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def load(noun: str, key: str, name: str) -> ModuleType:
-    """The module of a method: a file of `dist_compress/<noun>/methods`, or a dotted path of the user's.
+def load(noun: str, key: str, name: str, folder: str = "methods") -> ModuleType:
+    """The module of a method: a file of `dist_compress/<noun>/<folder>`, or a dotted path of the user's.
 
     Local. Raises UserError naming `key` and the choices.
     """
-    folder = importlib.import_module(f"dist_compress.{noun}.methods")
-    choices = sorted(m.name for m in pkgutil.iter_modules(folder.__path__))
-    path = f"{folder.__name__}.{name}" if name in choices else name
+    package = importlib.import_module(f"dist_compress.{noun}.{folder}")
+    choices = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+    path = f"{package.__name__}.{name}" if name in choices else name
     if path == name and "." not in name:
         raise UserError(f"{key}={name!r}: no such method. Available: {', '.join(choices)}, or a dotted path.")
     try:

@@ -21,6 +21,7 @@ from dist_compress.projection import Projection
 from dist_compress.pruning import Pruner
 from dist_compress.pruning.config_list import resolve
 from dist_compress.pruning.metric import metric_class
+from dist_compress.sites import Sites
 from dist_compress.speedup import Report, capture, coupling, speedup
 from dist_compress.speedup.whole import timed
 from dist_compress.target import Coupling
@@ -110,7 +111,11 @@ def _pruning(
 
 def _decided(config: Config, model: nn.Module, groups: Coupling, example: tuple[Any, dict[str, Any]]) -> Pruner:
     """The pruner of a run that takes its only decision before the first step."""
-    for setting in resolve(config.pruning, model):
+    for setting in resolve(config.pruning, model, Sites(model, *example)):
+        if setting.activation:
+            raise UserError(
+                f"prune: {setting.name} is an activation, whose mask needs data and acts in the model. Start a run."
+            )
         if not setting.align and metric_class(setting.method, "pruning").data_driven:
             raise UserError(
                 f"prune: {setting.said_by('method')} of {setting.name} scores by gradients or outputs of data. "

@@ -139,6 +139,7 @@ class Attached:
         plan: Plan = comm.on_rank0(lambda: speedup.plan(masked, *self.example))
         comm.check_equal("fingerprint of the plan", plan.fingerprint(), self.step_count)
         results = {key: value for method in self.methods for key, value in method.results().items()}
+        added = [name for method in self.methods for name in method.added()]
         for method in self.methods:
             method.detach()
         self.projection.finish()
@@ -153,7 +154,7 @@ class Attached:
                 f"{self.config.speedup.tolerance:g}."
             )
         after = sum(p.numel() for p in self.model.parameters())
-        return self.model, Finished(plan, difference, (before, after), results)
+        return self.model, Finished(plan.without(added), difference, (before, after), results)
 
     def _when_backward_ends(self, grad: torch.Tensor) -> None:
         Variable._execution_engine.queue_callback(self._heard)

@@ -150,9 +150,10 @@ class Job:
         for method in self.methods:
             method.detach()
         self.projection.finish()
+        added = [name for method in self.methods for name in method.added()]
         if plan is not None:
-            self.plan = plan
             self.placed(apply(self.model, plan))
+            self.plan = plan.without(added)
         for method in self.methods:
             method.rebase(lambda tensors: apply_to_state(plan, tensors) if plan else tensors)
 
@@ -222,8 +223,10 @@ class Job:
         )
         comm.check_equal("fingerprint of the plan", plan.fingerprint(), self.trainer.step)
         self.detach(plan)
+        shipped = self.plan
+        assert shipped is not None
         difference = comm.on_rank0(lambda: self.difference(masked))
-        self.outcome.verified(difference, plan)
+        self.outcome.verified(difference, shipped)
         changed = self.config.speedup.norm == "plain"  # asked for: norms over fewer numbers are another function
         if not changed and not difference <= self.config.speedup.tolerance:
             raise RuntimeError(
@@ -232,7 +235,7 @@ class Job:
                 "explain that; started again, the run goes on from its last checkpoint."
             )
         self.trainer.rebuild(lambda moments: apply_to_state(plan, moments))
-        comm.on_rank0(lambda: plan.save(self.run_dir))
+        comm.on_rank0(lambda: shipped.save(self.run_dir))
         self.outcome.shrunk(self.evaluate())
         self.reporter.event(self.outcome.line("shrunk"), self.trainer.step)
 

@@ -12,11 +12,13 @@ A site has one name of its own, `Site.name` (the position of an argument before 
 How pruning, quantization and distillation use this. `Sites(model, args, kwargs)` runs the model once, when first asked,
 in eval mode without gradients; every rank does so by itself and sees the same. A config list names targets through
 `Sites.meant`. When a method attaches, before DDP or FSDP2 wrap the model, `replace` puts a function into the data flow
-(a mask, a fake quantizer) and `see` shows a tensor without touching it (an observer, a hidden state to distil). What
-has parameters or buffers should be an `nn.Module` that is also a submodule of the module it acts on: it is then in
-state_dict, moves along, and `copy.deepcopy` of the model acts with the copy. Several functions on one site run in the
-order in which they were put there. They see every call, evaluation and tracing (`concrete_trace`) included; with
-activation checkpointing a module runs twice. A tensor that is kept must be cloned if what follows works in place.
+(a mask, a fake quantizer) and `see` shows a tensor without touching it (an observer, a hidden state to distil). The
+tensors of such a function should be parameters or buffers below the module it acts on: they then move along, and if
+the function is an object that knows the module (or is a submodule itself), `copy.deepcopy` of the model acts with the
+copy. (A submodule of an nn.Sequential would run as one of its layers; give it a buffer instead.) Several functions on
+one site run in the order in which they were put there. They see every call, evaluation and tracing (`concrete_trace`)
+included; with activation checkpointing a module runs twice. A tensor that is kept must be cloned if what follows works
+in place.
 
 Everything here is local: no collective.
 """
@@ -127,6 +129,14 @@ def replace(module: nn.Module, name: str, fn: Function, where: str) -> Removable
 def see(module: nn.Module, name: str, fn: Function, where: str) -> RemovableHandle:
     """From now on `fn` is shown the tensor at site `name` of `module`; what it returns is dropped."""
     return _hook(module, name, fn, where, False)
+
+
+def installed(model: nn.Module) -> Iterator[tuple[str, str, Function]]:
+    """(module, site, function) of all that `replace` and `see` have put into a model."""
+    for where, module in model.named_modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if isinstance(hook, _Before | _After):
+                yield where, hook.name, hook.fn
 
 
 def _hook(module: nn.Module, name: str, fn: Function, where: str, replaces: bool) -> RemovableHandle:

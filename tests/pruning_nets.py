@@ -114,13 +114,18 @@ def config(entries: list[dict[str, Any]], **pruning_keys: Any) -> Config:
 
 
 def attach(
-    cfg: Config, model: nn.Module | None = None, coupling: Coupling = COUPLING, total_steps: int = 4
+    cfg: Config,
+    model: nn.Module | None = None,
+    coupling: Coupling = COUPLING,
+    total_steps: int = 4,
+    example: torch.Tensor | None = None,
 ) -> tuple[Pruner, nn.Module, Projection]:
     model = Net() if model is None else model
     [pruner] = pruning.build(cfg)
     assert isinstance(pruner, Pruner)
     projection = Projection(model)
-    pruner.attach(Context(cfg, model, projection, coupling, NUM_MICRO, total_steps, 2.0))
+    example = torch.zeros(2, 3, 4, 4) if example is None else example
+    pruner.attach(Context(cfg, model, projection, coupling, NUM_MICRO, total_steps, 2.0, ((example,), {})))
     return pruner, model, projection
 
 

@@ -70,7 +70,6 @@ def test_what_cannot_be_cut(granularity, shape, said):
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ("per_channel", "is for activations. A parameter has out_channel and in_channel"),
         ("4:2", "N must be below M"),
         ("4:4", "N must be below M"),
         ("0:4", "allowed are default, out_channel"),

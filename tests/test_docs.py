@@ -213,11 +213,12 @@ def test_pruning_examples_find_something_to_prune(number: int, coupling: Couplin
     model = resnet20()
     [pruner] = pruning.build(composed)
     assert isinstance(pruner, pruning.Pruner)
+    example = ((torch.randn(2, 3, 32, 32),), {})
     free = [g for g in coupling.groups if not g.blocked]
     rows = [GroupLatency(g.name, g.num_units, (1, g.num_units), (8.5, 10.0)) for g in free]
     whole = sum(g.num_units for g in free)
     measured = Latencies(tuple(rows), GroupLatency("", whole, (len(free), whole), (2.0, 10.0)))
-    pruner.attach(Context(composed, model, Projection(model), coupling, 4, 100, 10.0, latencies=measured))
+    pruner.attach(Context(composed, model, Projection(model), coupling, 4, 100, 10.0, example, measured))
     for step in pruner.schedule:
         pruner.decide(step)
     for group in pruner.results()["groups"]:
@@ -254,7 +255,7 @@ except SystemExit:  # 0: with any other code the process has ended
 
 
 def test_extensions_make_a_run(tmp_path: Path):
-    """A method, schedule, data, task, model, export format, backend and recipe of the reader's, in two steps."""
+    """Methods, schedule, data, task, model, export format, backend and recipe of the reader's, in two steps."""
     unpack(tmp_path)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)]), "OMP_NUM_THREADS": "1"}
     words = ["--config-dir=mine/conf", "+recipe=mine", "train.max_steps=2", "run_dir=run", "logger=none"]

@@ -2,7 +2,7 @@
 
     model.json          how to build the dense architecture (models.describe), its number of classes
     plan.json           what was kept of it (speedup.Plan, its index tensors beside it); only of a pruned model
-    model.safetensors   the weights, each contiguous, tied ones under their first name
+    model.safetensors   the weights, each contiguous, tied ones under their first name; masks of activations that stayed
 
 `load` undoes it, on any machine that has the architecture's library.
 """
@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dist_compress import models
 from dist_compress.config import Config, ModelConfig
 from dist_compress.errors import UserError
+from dist_compress.pruning.activation_mask import restore, shipped
 from dist_compress.speedup.apply import apply
 from dist_compress.speedup.plan import Plan
 
@@ -39,17 +40,19 @@ def export(run_dir: str | Path, model: nn.Module, plan: Plan | None, config: Con
     """
     run_dir = Path(run_dir)
     num_classes = config.model.num_classes or _num_outputs(model, example)
+    masks, tensors = shipped(model)
     description = {
         "format": _FORMAT,
         "model": models.describe(config.model, model),
         "num_classes": num_classes,
         "pruned": plan is not None,
         "channels_last": any(map(_is_channels_last, model.parameters())),
+        "activation_masks": masks,
     }
     with _atomic_folder(run_dir) as folder:
         if plan is not None:
             plan.save(folder)
-        save_file(_state(model), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(_state(model) | _plain(tensors), folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
@@ -68,9 +71,16 @@ def load(folder: str | Path, trust: bool = False) -> nn.Module:
             f"load({str(folder)!r}): its model is made by calling {target.get('_target_')!r}, with arguments from the "
             "folder. Only if you trust whoever wrote it: load(folder, trust=True)."
         )
+    own = [item["apply_method"] for item in description["activation_masks"] if "." in item["apply_method"]]
+    if own and not trust:
+        raise UserError(
+            f"load({str(folder)!r}): masks of activations act by {own[0]!r}, code that the folder names. Only if you "
+            "trust whoever wrote it: load(folder, trust=True)."
+        )
     model = models.build(ModelConfig(**description["model"]), description["num_classes"], seed=0)
     if description["pruned"]:
         apply(model, Plan.load(folder))
+    restore(model, description["activation_masks"])
     models.load_weights(model, folder / "model.safetensors", key="load")
     if description["channels_last"]:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -138,8 +148,13 @@ def _state(model: nn.Module) -> dict[str, torch.Tensor]:
             )
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            state[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return state
+            state[name] = tensor
+    return _plain(state)
+
+
+def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies on the CPU, each contiguous."""
+    return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
 
 
 @contextmanager
@@ -173,6 +188,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
             key: description[key] for key in ("format", "model", "num_classes", "pruned", "channels_last")
         }
         ModelConfig(**known["model"])
+        known["activation_masks"] = description.get("activation_masks", [])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"load({str(folder)!r}): model.json is damaged ({error!r}). Export it again."

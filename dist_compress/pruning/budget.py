@@ -19,7 +19,9 @@ from torch import nn
 
 from dist_compress.config import AtMostConfig
 from dist_compress.errors import UserError
+from dist_compress.method import Context
 from dist_compress.pruning import costs
+from dist_compress.pruning.checks import has_limit
 from dist_compress.pruning.costs import Cost
 from dist_compress.pruning.setting import AT_MOST, Setting
 from dist_compress.pruning.sparsity import Ranked, count_bounds, share
@@ -195,6 +197,22 @@ def said(unit: str, amount: Fraction) -> str:
     return f"{math.ceil(amount)} {'MACs' if unit == 'macs' else 'parameters'}"
 
 
+def budgets(sets: Sequence[UnitSet], settings: Sequence[Setting], context: Context) -> dict[str, Budget]:
+    """One for each global group of units; that of the whole model, which depends on all others, last."""
+    found, config = {}, context.config.pruning
+    for gid in dict.fromkeys(s.setting.global_group_id for s in sets if s.setting.global_group_id is not None):
+        if gid == AT_MOST:
+            continue
+        own = [s for s in sets if s.setting.global_group_id == gid]
+        members = [s for s in settings if s.global_group_id == gid and not s.align]
+        found[gid] = ratio_budget(gid, own, config.compute, context.coupling, context.model, members, context.latencies)
+    if has_limit(config):
+        round_to = context.config.speedup.round_to
+        how = (config.at_most, context.coupling, context.model, context.latencies, round_to)
+        found[AT_MOST] = limit_budget(sets, *how)
+    return found
+
+
 def ratio_budget(
     name: str,
     sets: Sequence[UnitSet],
@@ -206,6 +224,11 @@ def ratio_budget(
 ) -> Budget:
     """The budget of a global group whose targets, prunable or not, are `settings`."""
     cost: Cost
+    if compute != "channels" and (no_cost := [s.name for s in settings if s.activation]):
+        raise UserError(
+            f"pruning.compute={compute}: {', '.join(no_cost)} are activations, which have no cost of their own "
+            f"({settings[0].said_by('global_group_id')}). Use channels."
+        )
     if compute == "channels":
         cost = costs.channels(sets)
     elif compute == "macs":

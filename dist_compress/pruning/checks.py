@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dist_compress.config import PruningConfig
 from dist_compress.errors import UserError
+from dist_compress.pruning.activation_mask import options_of
 from dist_compress.pruning.metric import Metric
 from dist_compress.pruning.setting import AT_MOST, Setting, check_agree
 
@@ -28,6 +29,27 @@ def check_whole(setting: Setting) -> None:
     if setting.global_group_id is not None:
         _refuse(setting, "global_group_id", ("internal_metric_block",), "the group ranks all units together")
     _check_bounds(setting)
+
+
+def check_kind(setting: Setting) -> None:
+    """Raise UserError for what only parameters, or only activations, can be asked."""
+    if not setting.activation:
+        if setting.granularity == "per_channel":
+            said = setting.said_by("granularity")
+            raise UserError(f"{said} is for activations, but {setting.name} has out_channel and in_channel.")
+        if setting.apply_method != "mul" or setting.apply_options:
+            said = setting.said_by("apply_method" if setting.apply_method != "mul" else "apply_options")
+            raise UserError(
+                f"{said} is for activations: the masked weights of {setting.name} are zero, there is no other way."
+            )
+        return
+    if setting.granularity in ("out_channel", "in_channel") or setting.pattern:
+        raise UserError(
+            f"{setting.name}: {setting.said_by('granularity')} is for parameters. An activation has per_channel, "
+            "element and block sizes."
+        )
+    key = setting.sources.get("apply_method", setting.sources[""])
+    options_of(setting.apply_method, setting.apply_options, key)
 
 
 def _refuse(setting: Setting, key: str, others: tuple[str, ...], why: str) -> None:
@@ -110,6 +132,13 @@ def check_global_groups(settings: list[Setting]) -> None:
 
 def check_method(setting: Setting, metric: Metric) -> None:
     """Raise UserError unless the method can decide what the target asks for."""
+    if setting.activation and not metric.hears_activations():
+        raise UserError(
+            f"{setting.name}: {setting.said_by('method')} does not score activations: it defines neither "
+            "`activation_statistic` nor `output_statistic`. Choose another method, such as l1_norm, taylor or apoz."
+        )
+    if setting.activation:
+        return
     if missing := metric.missing(not setting.by_units):
         raise UserError(
             f"{setting.name}: {setting.said_by('granularity')} needs `{missing[0]}` of method "

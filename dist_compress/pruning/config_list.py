@@ -1,4 +1,4 @@
-"""`pruning.config_list`: which parameters are targets, and what each of them is asked for.
+"""`pruning.config_list`: which parameters and activations are targets, and what each of them is asked for.
 
 Keys and their meaning follow the NNI 3.0 config list. `dist_compress.config_list` merges the entries; here is what is
 pruning's own. `sparse_ratio`, `sparse_threshold` and `align` answer one question, so a later one also takes the place
@@ -13,10 +13,10 @@ from torch import nn
 
 from dist_compress.blocks import OUT_DIM_1, Blocks, channel_dim
 from dist_compress.config import PruningConfig
-from dist_compress.config_list import Entry, Noun, in_model_order, merge
+from dist_compress.config_list import Entry, Noun, in_model_order, is_activation, merge
 from dist_compress.errors import UserError
 from dist_compress.pruning import entry as entries
-from dist_compress.pruning.checks import check_global_groups, check_limited, check_whole, has_limit
+from dist_compress.pruning.checks import check_global_groups, check_kind, check_limited, check_whole, has_limit
 from dist_compress.pruning.metric import metric_class
 from dist_compress.pruning.setting import AT_MOST, Align, Setting
 from dist_compress.selection import Modules, weight_dims
@@ -30,13 +30,10 @@ class _Pruning(Noun[Setting]):
     takes_back = entries.TAKES_BACK
     ids = ("global_group_id", "dependency_group_id")
     alternatives = ("sparse_ratio", "sparse_threshold", "align")
-    belongs = {"method": "options"}
+    belongs = {"method": "options", "apply_method": "apply_options"}
 
     def values(self, given: dict[str, Any], where: str) -> dict[str, Any]:
         return entries.values_of(given, where)
-
-    def check_target(self, name: str, what: str) -> None:
-        entries.check_target(name, what)
 
     def usual(self, module: nn.Module, entry: Entry) -> list[str]:
         return ["weight"] if weight_dims(module) >= (1 if entry.values.get("align") else 2) else []
@@ -60,8 +57,12 @@ def resolve(config: PruningConfig, model: nn.Module, sites: Sites | None = None)
     merged = merge(PRUNING, config.config_list, config.default_settings, model, sites)
     for setting in merged.values():
         _inherit(setting, config)
+        check_kind(setting)
         check_whole(setting)
+        _name_site(setting, sites)
     for setting in list(merged.values()):
+        if setting.activation:
+            continue
         _fit(setting, model)
         _add_bias(setting, model, merged)
     settings = in_model_order(merged, model)
@@ -81,7 +82,8 @@ def _inherit(setting: Setting, config: PruningConfig) -> None:
         setting.method = config.method
         setting.options = {**config.options, **setting.options}
     if setting.granularity == "default":
-        setting.granularity = metric_class(setting.method, setting.sources.get("method", "pruning")).granularity
+        by_method = metric_class(setting.method, setting.sources.get("method", "pruning")).granularity
+        setting.granularity = "per_channel" if setting.activation and by_method == "out_channel" else by_method
     if setting.pattern:
         keep, of = setting.pattern
         if "sparse_ratio" in setting.sources and setting.sparse_ratio != (of - keep) / of:
@@ -99,6 +101,21 @@ def _inherit(setting: Setting, config: PruningConfig) -> None:
                 "pruning.at_most."
             )
         setting.sparse_ratio = entries.ratio(config.sparse_ratio, "pruning.sparse_ratio", below_one=True)
+
+
+def _name_site(setting: Setting, sites: Sites | None) -> None:
+    """The activation that a target is aligned with, by the name that settings have."""
+    if setting.activation and setting.dependency_group_id == "auto":
+        setting.dependency_group_id = None  # the trace knows channels of parameters
+    align = setting.align
+    if align is None or not is_activation(align.target_name):
+        return
+    found = sites.meant(align.module_name or setting.module, align.target_name) if sites else []
+    if len(found) != 1:
+        several = f"means {', '.join(site.name for site in found)}; name one" if found else "is no activation there"
+        where = f"{setting.sources['align']}.align.target_name={align.target_name!r}"
+        raise UserError(f"{setting.name}: {where} {several}.")
+    setting.align = Align(align.module_name, found[0].name, align.dims)
 
 
 def _fit(setting: Setting, model: nn.Module) -> None:

@@ -48,8 +48,9 @@ def values_of(given: dict[str, Any], where: str) -> dict[str, Any]:
                 raise UserError(f"{path}={value!r} must be a number of equal parts, at least 1.")
         elif key == "align":
             values[key] = _align(value, path)
-        elif key == "options" and not isinstance(value, dict):
-            raise UserError(f"{path}={value!r} must be a mapping of the method's options.")
+        elif key in ("options", "apply_options") and not isinstance(value, dict):
+            whose = "method" if key == "options" else "apply_method"
+            raise UserError(f"{path}={value!r} must be a mapping of the options of the {whose}.")
         elif key == "method" and not isinstance(value, str):
             raise UserError(f"{path}={value!r} must be the name of a method.")
         elif key == "apply_method":
@@ -66,21 +67,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def check_target(name: str, what: str) -> None:
-    """Raise UserError unless a target can have this name."""
-    if name.startswith(("_input_", "_output_")):
-        raise UserError(f"{what}: activations cannot be pruned, only parameters, such as weight and bias.")
-
-
 def _check_apply(value: Any, path: str) -> None:
-    if value == "mul":
-        return
-    reasons = {
-        "add": "adds to the inputs of a softmax; a weight that is removed is zero",
-        "bypass": "would decide masks and leave them out; exclude the module instead",
-    }
-    reason = reasons.get(value, "is none of ours") if isinstance(value, str) else "is none of ours"
-    raise UserError(f"{path}={value!r} {reason}. Masks of parameters allow mul only.")
+    if value == "bypass":
+        raise UserError(f"{path}='bypass' would decide masks and leave them out; exclude the module instead.")
+    if not isinstance(value, str):
+        raise UserError(f"{path}={value!r} must be mul, add, or the dotted path of a file of yours.")
 
 
 def _align(value: Any, key: str) -> Align:
@@ -91,8 +82,7 @@ def _align(value: Any, key: str) -> Align:
     if not isinstance(module, str | None):
         raise UserError(f"{key}.module_name={module!r} must be the name of a module, or null for the target's own.")
     if not isinstance(target, str):
-        raise UserError(f"{key}.target_name={target!r} must be the name of a parameter, e.g. weight.")
-    check_target(target, f"{key}.target_name={target!r}")
+        raise UserError(f"{key}.target_name={target!r} must be the name of a target, e.g. weight.")
     good = isinstance(dims, list) and dims and all(isinstance(d, int) and not isinstance(d, bool) for d in dims)
     if not good:
         raise UserError(f"{key}.dims={dims!r} must be a list of dimensions, e.g. [0].")

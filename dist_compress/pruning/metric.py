@@ -45,7 +45,7 @@ class Metric:
     # What a data-driven metric hears of units: "gates" (pruning/gates.py) or "outputs" (pruning/outputs.py); of blocks
     # the gradient, or "inputs" (pruning/inputs.py).
     hears = "gates"
-    wants_gradients = False  # of "outputs", too
+    wants_gradients = False  # of "outputs" and of activations that are targets, too
     stays_removed = True  # False: every decision is taken anew, and what was removed may return
     distribution = "uniform"  # of a ratio over targets decided one by one, or "erk": see pruning/distribution.py
     masked_decay: float | None = None  # None: no gradient for masked weights; else theirs, plus this times the weight
@@ -80,13 +80,19 @@ class Metric:
         by_blocks = not self.data_driven and type(self).block_scores is not Metric.block_scores
         return [name for name in lacks if not (name == "unit_scores" and by_blocks)]
 
+    def hears_activations(self) -> bool:
+        """Whether units of an activation can be scored."""
+        own = (Metric.activation_statistic, Metric.output_statistic)
+        return type(self).activation_statistic is not own[0] or type(self).output_statistic is not own[1]
+
     def check(self, view: View) -> None:
         """Raise UserError when these units cannot be scored. Called once, before training."""
 
     def gate_statistic(self, gate: torch.Tensor) -> torch.Tensor:
         """What one micro-batch adds to the statistic: float64 [num_units] from dL/dgate, float64 [num_units]; of a
-        metric that hears outputs from `output_statistic`, float64 [samples, num_units]."""
-        raise NotImplementedError
+        metric that hears outputs from `output_statistic`, and of activations from `activation_statistic`, float64
+        [samples, num_units]: unless defined, the sum over the samples."""
+        return gate.sum(0) if gate.dim() > 1 else gate
 
     def output_statistic(self, output: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
         """float64 [samples, channels] from what a module put out, [samples, positions, channels], and the gradient of
@@ -107,9 +113,16 @@ class Metric:
         cannot."""
         raise NotImplementedError
 
+    def activation_statistic(self, activation: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+        """The same of an activation that is a target, float64 [samples, units] from [samples, positions of a unit,
+        units]. Unless defined, what a metric that hears outputs says of these."""
+        return self.output_statistic(activation, grad)
+
     def unit_scores(self, view: View) -> torch.Tensor:
-        """float64 [num_units]. Unless defined, the mean over the targets of what `block_scores` says of a unit's
-        weights."""
+        """float64 [num_units]. Unless defined, the statistic of an activation, or else the mean over the targets of
+        what `block_scores` says of a unit's weights."""
+        if view.statistic is not None:
+            return view.statistic
         return torch.stack([self.block_scores(weight, None).double() for weight in view.weights()]).mean(0)
 
     def edit_gradients(self, view: View, grad: Callable[[str], torch.Tensor | None]) -> None:

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_compress.blocks import activation_dim
 from dist_compress.pruning.listener import UnitListener
 from dist_compress.pruning.metric import Metric
 from dist_compress.pruning.units import UnitSet
-
-_CHANNELS_LAST = ("Linear", "LayerNorm", "RMSNorm", "Embedding", "Conv1D")  # the last: transformers'
 
 
 class Outputs(UnitListener):
@@ -57,6 +56,5 @@ class Outputs(UnitListener):
 
 def _by_sample(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
     """[samples, positions, channels]."""
-    if type(module).__name__ not in _CHANNELS_LAST:
-        output = output.movedim(1, -1)
+    output = output.movedim(activation_dim(type(module).__name__, output.dim()), -1)
     return output.reshape(output.shape[0], -1, output.shape[-1])

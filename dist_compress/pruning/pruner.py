@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,23 +22,26 @@ from dist_compress.errors import UserError
 from dist_compress.method import Context, Method
 from dist_compress.pruning import mask as masking
 from dist_compress.pruning import results
-from dist_compress.pruning.aligning import align, check_aligned
+from dist_compress.pruning.activations import Activations, add_fingerprint
+from dist_compress.pruning.aligning import Tensors, align, check_aligned
 from dist_compress.pruning.block_data import BlockData
-from dist_compress.pruning.budget import Budget, limit_budget, ratio_budget
-from dist_compress.pruning.checks import check_method, has_limit
+from dist_compress.pruning.budget import budgets
 from dist_compress.pruning.config_list import resolve
 from dist_compress.pruning.distribution import distribute
 from dist_compress.pruning.elements import GRAD, Elements
 from dist_compress.pruning.evidence import Evidence, Found, local_view, view
 from dist_compress.pruning.gates import Gates
+from dist_compress.pruning.hearing import Hearing
 from dist_compress.pruning.listener import Listener, UnitListener
-from dist_compress.pruning.metric import Metric, build_metric
+from dist_compress.pruning.metric import Metric
 from dist_compress.pruning.outputs import Outputs
 from dist_compress.pruning.schedule import decisions, due
-from dist_compress.pruning.setting import AT_MOST, Setting
+from dist_compress.pruning.scorers import scorers_of
+from dist_compress.pruning.setting import AT_MOST
 from dist_compress.pruning.solving import solve
 from dist_compress.pruning.sparsity import Ranked, decide_alone
 from dist_compress.pruning.units import collect
+from dist_compress.sites import Sites
 
 Masks = dict[str, torch.Tensor]
 _LISTENERS: dict[str, type[UnitListener]] = {"gates": Gates, "outputs": Outputs}  # by `Metric.hears`
@@ -62,10 +66,12 @@ class Pruner(Method):
     def attach(self, context: Context) -> None:
         """Collect targets and check that they can be met. Local, the same on every rank. Raises UserError."""
         self.context, model = context, context.model
-        self.settings = resolve(self.config, model)
-        self.scorers = _scorers(self.settings)
+        sites = Sites(model, *context.example) if context.example else None
+        self.settings = resolve(self.config, model, sites)
+        self.scorers = scorers_of(self.settings)
         distribute(self.settings, self.scorers, model)
-        self.sets, self.kept = collect(self.settings, context.coupling, model)
+        self.activations = Activations(self.settings, model, sites)
+        self.sets, self.kept = collect(self.settings, context.coupling, model, self.activations.members())
         self.elements = Elements(self.settings, model, context.coupling, self.config.compute, self.scorers)
         if not self.sets and not self.elements.groups:
             reasons = "; ".join(f"{k.name}: {k.reason}" for k in self.kept[:10]) or "All it names is aligned"
@@ -76,11 +82,12 @@ class Pruner(Method):
         self.removed = [torch.zeros(s.num_units, dtype=torch.bool) for s in self.sets]
         for s in self.sets:
             self.scorers[s.targets[0]].check(view(s, context.projection.latent))
-        self.budgets = self._budgets()
+        self.budgets = budgets(self.sets, self.settings, context)
         for group in self.budgets.values():
             group.wanted(1.0)
-        check_aligned(model, self.settings, self._masked())
-        driven = [s for s in self.settings if not s.align and self.scorers[s.name].data_driven]
+        self.tensors = Tensors(context.projection.layout, self.activations.targets)
+        check_aligned(self.tensors, self.settings, self._masked())
+        driven = [s for s in self.settings if not s.align and (s.activation or self.scorers[s.name].data_driven)]
         self.schedule = decisions(
             self.config.schedule,
             context.total_steps,
@@ -95,10 +102,13 @@ class Pruner(Method):
         self.listen_from = max(first - heard, 0)
         self.driven: dict[str, list[int]] = {}  # by what is heard: numbers of sets
         for i, s in enumerate(self.sets):
-            if self.scorers[s.targets[0]].data_driven:
+            if s.activations:
+                self.driven.setdefault("activations", []).append(i)
+            elif self.scorers[s.targets[0]].data_driven:
                 self.driven.setdefault(self.scorers[s.targets[0]].hears, []).append(i)
+        kinds = {**_LISTENERS, "activations": partial(Hearing, self.activations)}
         self.unit_listeners = {
-            heard: _LISTENERS[heard](
+            heard: kinds[heard](
                 model,
                 [self.sets[i] for i in mine],
                 [self.scorers[self.sets[i].targets[0]] for i in mine],
@@ -109,6 +119,7 @@ class Pruner(Method):
         self.block_data = BlockData(self.elements, model, self.scorers, context.num_micro)
         self.listeners: dict[str, Listener] = {**self.unit_listeners, **self.block_data.listeners()}
         self._listen(0)
+        self.activations.install()  # what listens hears what comes before the masks
         self.evidence: Evidence | None = None
 
     def _placed(self) -> Evidence:
@@ -118,22 +129,6 @@ class Pruner(Method):
             self.elements.place(projection.layout)
             self.evidence = Evidence(projection, self.sets, self.elements, self.scorers)
         return self.evidence
-
-    def _budgets(self) -> dict[str, Budget]:
-        """One for each global group of channels; that of the whole model, which depends on all others, last."""
-        budgets, context = {}, self.context
-        for gid in dict.fromkeys(s.setting.global_group_id for s in self.sets if s.setting.global_group_id is not None):
-            if gid == AT_MOST:
-                continue
-            sets = [s for s in self.sets if s.setting.global_group_id == gid]
-            members = [s for s in self.settings if s.global_group_id == gid and not s.align]
-            how = (self.config.compute, context.coupling, context.model, members, context.latencies)
-            budgets[gid] = ratio_budget(gid, sets, *how)
-        if has_limit(self.config):
-            round_to = context.config.speedup.round_to
-            how = (self.config.at_most, context.coupling, context.model, context.latencies, round_to)
-            budgets[AT_MOST] = limit_budget(self.sets, *how)
-        return budgets
 
     def _members(self, gid: str) -> list[int]:
         """Numbers of the sets that a budget is about."""
@@ -229,12 +224,17 @@ class Pruner(Method):
 
     def masks(self) -> Masks:
         """{parameter: bool, True = keep} of every parameter that may be masked, broadcastable to what this rank holds
-        of it. Collective if others follow a sharded parameter."""
+        of it. Those of activations are in the model. Collective if others follow a sharded parameter."""
+        return self._masks()[0]
+
+    def _masks(self) -> tuple[Masks, Masks]:
+        """Those of parameters and those of activations."""
         if self.frozen is not None:
-            return self.frozen
-        masks = self._target_masks()
-        align(self.context.projection.layout, self.settings, masks)
-        return masks
+            return self.frozen, self.activations.on()
+        masks = self._target_masks() | self.activations.masks(self.sets, self.removed)
+        align(self.tensors, self.settings, masks)
+        activations = {name: masks.pop(name) for name in self.activations.targets if name in masks}
+        return masks, activations
 
     def _target_masks(self) -> Masks:
         masks = masking.unit_masks(self.context.projection.layout, self.sets, self.removed)
@@ -243,14 +243,15 @@ class Pruner(Method):
         return masks
 
     def _masked(self) -> list[str]:
-        """The parameters that have a mask of their own, by their first names."""
+        """The targets that have a mask of their own, parameters by their first names."""
         names = masking.owners(self.context.model)
         units = [names[m.fqn] for s in self.sets for m in s.masked]
-        return list(dict.fromkeys([*units, *(t.name for t in self.elements.tensors())]))
+        return list(dict.fromkeys([*units, *(t.name for t in self.elements.tensors()), *self.activations.members()]))
 
     def _put_on(self, step: int) -> str:
         """Hand the masks to the projection. Returns their fingerprint, equal on all ranks. Collective."""
-        masks, projection = self.masks(), self.context.projection
+        (masks, activations), projection = self._masks(), self.context.projection
+        self.activations.put_on(activations)
         soft = self.elements.decays(self.scorers) if self.frozen is None else {}
         for name, mask in masks.items():
             if bool(mask.all()):
@@ -262,7 +263,7 @@ class Pruner(Method):
             own, decay = soft.get(name, (None, 0.0))
             projection.mask_grad(name, mask if own is None else mask | ~own)
             projection.decay_masked(name, own, decay)
-        mark = masking.fingerprint(projection.layout, masks)
+        mark = add_fingerprint(masking.fingerprint(projection.layout, masks), activations)
         comm.check_equal("pruning masks", mark, step)
         return mark
 
@@ -288,6 +289,7 @@ class Pruner(Method):
         sliced = transform({name: mask.contiguous() for name, mask in self.frozen.items()})
         layout = self.context.projection.layout  # what the shrink folded into a masked bias is no zero any more
         self.frozen = {name: mask | (layout.local(name) != 0) for name, mask in sliced.items()}
+        self.frozen |= self.activations.settle(self.frozen)
         self._put_on(self.history[-1][0] if self.history else 0)
 
     def sparse_ratio(self) -> float:
@@ -298,6 +300,9 @@ class Pruner(Method):
 
     def notes(self) -> list[str]:
         return overrides(self.settings)
+
+    def added(self) -> list[str]:
+        return self.activations.buffers()
 
     def metrics(self) -> dict[str, float]:
         """`fingerprint/masks` is cut to its low 52 bits here, which a float holds; `results` has all 64."""
@@ -325,7 +330,7 @@ class Pruner(Method):
         shrink."""
         history = json.dumps(self.history)
         if self.frozen is not None:
-            return {"masks": dict(self.frozen), "history": history}
+            return {"masks": dict(self.frozen), "activations": self.activations.on(), "history": history}
         none = torch.zeros(0, dtype=torch.bool)
         self._placed()  # a checkpoint is written in training
         return {
@@ -340,7 +345,9 @@ class Pruner(Method):
         self.history = [tuple(item) for item in json.loads(state["history"])]
         if "masks" in state:
             assert self.frozen is not None, "a shrunk state goes to a pruner that was rebased"
-            self.frozen = {name: state["masks"][name].to(mask.device) for name, mask in self.frozen.items()}
+            device = next(self.context.model.parameters()).device
+            self.frozen = {name: mask.to(device) for name, mask in state["masks"].items()}
+            self.activations.put_on({name: mask.to(device) for name, mask in state["activations"].items()})
             self._put_on(self.history[-1][0])
             return
         sizes = {t.name: t.num for t in self.elements.tensors()}
@@ -373,19 +380,3 @@ class Pruner(Method):
 
 def _zeroing(gone: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda latent: latent.masked_fill(gone, 0)
-
-
-def _scorers(settings: list[Setting]) -> dict[str, Metric]:
-    """The metric of each target; one for each method with its options."""
-    built: dict[str, Metric] = {}
-    scorers = {}
-    for setting in settings:
-        if setting.align is not None:
-            continue
-        name = json.dumps([setting.method, setting.options], sort_keys=True, default=str)
-        if name not in built:
-            keys = [setting.sources.get(key, "pruning") for key in ("method", "options")]
-            built[name] = build_metric(setting.method, setting.options, *keys)
-        check_method(setting, built[name])
-        scorers[setting.name] = built[name]
-    return scorers

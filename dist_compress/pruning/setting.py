@@ -1,4 +1,4 @@
-"""What is asked of one target: a parameter of a module."""
+"""What is asked of one target: a parameter of a module, or an activation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from dist_compress import config_list
 from dist_compress.blocks import Granularity, is_pattern
+from dist_compress.config_list import is_activation
 from dist_compress.errors import UserError
 
 AT_MOST = "pruning.at_most"  # also the group of the targets that share it
@@ -16,7 +17,7 @@ AT_MOST = "pruning.at_most"  # also the group of the targets that share it
 
 @dataclass
 class Align:
-    """The mask follows that of another parameter: alive where anything is alive at the same place of `dims` there."""
+    """The mask follows that of another target: alive where anything is alive at the same place of `dims` there."""
 
     module_name: str | None  # None: the module of the target itself
     target_name: str
@@ -40,6 +41,7 @@ class Setting(config_list.Setting):
     dependency_group_id: str | None = "auto"
     internal_metric_block: int = 1
     apply_method: str = "mul"
+    apply_options: dict[str, Any] = field(default_factory=dict)
     align: Align | None = None
     method: str = ""
     options: dict[str, Any] = field(default_factory=dict)
@@ -54,9 +56,14 @@ class Setting(config_list.Setting):
         return AT_MOST in self.sources
 
     @property
+    def activation(self) -> bool:
+        """An activation and no parameter."""
+        return is_activation(self.target)
+
+    @property
     def by_units(self) -> bool:
-        """Channels are decided, not blocks of weights."""
-        return self.granularity in ("out_channel", "in_channel")
+        """Channels, or units of an activation, are decided, not blocks of weights."""
+        return self.activation or self.granularity in ("out_channel", "in_channel")
 
     @property
     def pattern(self) -> tuple[int, int] | None:

@@ -10,6 +10,7 @@ module stands alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,7 @@ class UnitSet:
     setting: Setting
     coupled: int | None  # index of the coupling's group; None: a set of the user's, not removable as a whole
     num_parts: int = 1  # equal contiguous parts of the units, such as heads, in each of which the ratio holds
+    activations: tuple[Member, ...] = ()  # targets; such a set has no parameters
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,11 @@ def scales(units: UnitSet) -> tuple[Member, ...]:
     return tuple(m for m in units.masked if m.role == "affine" and m.fqn.endswith("weight"))
 
 
-def collect(settings: list[Setting], coupling: Coupling, model: nn.Module) -> tuple[list[UnitSet], list[Kept]]:
-    """The unit sets of all channel targets, and the targets that cannot be pruned. Raises UserError."""
+def collect(
+    settings: list[Setting], coupling: Coupling, model: nn.Module, activations: Mapping[str, Member]
+) -> tuple[list[UnitSet], list[Kept]]:
+    """The unit sets of all targets by units, and the targets that cannot be pruned. `activations`: the units of those
+    that are targets, by path. Raises UserError."""
     alone = {s.parameter: s for s in settings if not s.align}  # these follow nobody
     targets = {name: s for name, s in alone.items() if s.by_units}
     sets, kept = [], []
@@ -86,7 +91,7 @@ def collect(settings: list[Setting], coupling: Coupling, model: nn.Module) -> tu
     for name, setting in targets.items():
         if setting.dependency_group_id != "auto":
             own.setdefault(setting.dependency_group_id or f"\0{name}", []).append(setting)
-    sets += [_own_set(members, coupling, model, alone) for members in own.values()]
+    sets += [_own_set(members, coupling, model, alone, activations) for members in own.values()]
     order = {setting.name: i for i, setting in enumerate(settings)}
     sets.sort(key=lambda s: min(order[name] for name in s.targets))
     kept.sort(key=lambda k: order[k.name])
@@ -134,7 +139,13 @@ def _check_followers(unit_set: UnitSet, alone: dict[str, Setting], model: nn.Mod
             )
 
 
-def _own_set(members: list[Setting], coupling: Coupling, model: nn.Module, alone: dict[str, Setting]) -> UnitSet:
+def _own_set(
+    members: list[Setting],
+    coupling: Coupling,
+    model: nn.Module,
+    alone: dict[str, Setting],
+    activations: Mapping[str, Member],
+) -> UnitSet:
     """Targets that share a mask because the user says so, or one that stands alone."""
     head = members[0]
     scored: list[Member] = []
@@ -142,7 +153,7 @@ def _own_set(members: list[Setting], coupling: Coupling, model: nn.Module, alone
     gates: list[Member] = []
     for setting in members:
         check_agree(head, setting, _AGREE, "dependency_group_id")
-        weight = _own_member(model, setting)
+        weight = activations.get(setting.path) or _own_member(model, setting)
         if len(weight.index) != len((scored or [weight])[0].index):
             raise UserError(
                 f"dependency_group_id={head.dependency_group_id!r}: {head.name} has {len(scored[0].index)} units and "
@@ -150,6 +161,8 @@ def _own_set(members: list[Setting], coupling: Coupling, model: nn.Module, alone
                 "mask, so their sizes must be equal."
             )
         scored.append(weight)
+        if setting.activation:
+            continue
         masked.append(weight)
         if setting.granularity == "in_channel" or setting.target != "weight":
             gates.append(weight)
@@ -163,6 +176,9 @@ def _own_set(members: list[Setting], coupling: Coupling, model: nn.Module, alone
     name = head.name if len(members) == 1 else str(head.dependency_group_id)
     num = len(scored[0].index)
     shared = tuple(masked)
+    if head.activation:
+        parts = _num_parts(members, num)
+        return UnitSet(name, num, (), (), (), (), names, head, None, parts, tuple(scored))
     return UnitSet(
         name, num, shared, tuple(scored), shared, tuple(gates), names, head, None, _num_parts(members, num)
     )  # fmt: skip

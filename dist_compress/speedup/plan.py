@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,19 @@ class Plan:
             changes = json.dumps(graph.rewrites, sort_keys=True)
             digest.update(f"{fqn}:{graph.structure}:{graph.calls}:{changes}".encode())
         return int.from_bytes(digest.digest()[:8], "big") >> 1
+
+    def without(self, names: list[str]) -> Plan:
+        """For a model that does not have these tensors. Raises UserError when a recorded graph reads one of them."""
+        for fqn, graph in self.graphs.items():
+            own = tuple(f"{call}." for call in graph.calls)  # run their own code
+            inside = [name for name in names if name.startswith(f"{fqn}.") and not name.startswith(own)]
+            if inside:
+                raise UserError(
+                    f"{inside[0]} acts inside of {fqn}, whose code runs as a recorded graph at the new sizes. Leave "
+                    f"that target out of the config list, or keep {fqn} whole (speedup.barrier)."
+                )
+        keep = {fqn: dims for fqn, dims in self.keep.items() if fqn not in names}
+        return replace(self, keep=keep, shapes={fqn: shape for fqn, shape in self.shapes.items() if fqn in keep})
 
     def save(self, folder: str | Path) -> None:
         """Write plan.json and plan.safetensors. Rank 0 only."""

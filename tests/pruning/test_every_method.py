@@ -16,7 +16,7 @@ OPTIONS = {"rigl": {"every": 1, "until": 1.0}}  # where the usual ones are for l
 
 
 def entries(method):
-    """What the method can score: coupled channels, channels of a bare layer, single weights, patterns, tiles."""
+    """What the method can score: coupled channels, channels of a bare layer, single weights, patterns, activations."""
     metric = build_metric(method, OPTIONS.get(method, {}), "pruning")
     found = []
     if not metric.missing(blocks=False):
@@ -26,6 +26,9 @@ def entries(method):
         found.append({"op_names": ["a", "head"], "granularity": "element"})
         kind = {"granularity": "element"} if metric.regrows else {"granularity": "2:4", "sparse_ratio": None}
         found.append({"op_names": ["free"], **kind})
+    if metric.hears_activations():
+        found.append({"op_names": ["bn_a"], "target_names": ["_output_0"], "granularity": "per_channel"})
+        found.append({"op_names": ["a"], "target_names": ["_input_0"], "granularity": [4, 2, 2]})
     return found
 
 
@@ -39,6 +42,7 @@ def run(method, stop=None, state=None):
         projection.project()
     train(pruner, model, projection, range(state[2] if state else 0, stop or STEPS))
     kept = [mask.expand(model.get_parameter(name).shape).flatten() for name, mask in sorted(pruner.masks().items())]
+    kept += [mask.flatten() for _, mask in sorted(pruner.activations.on().items())]
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     with projection.lifted():
         latent = {key: value.clone() for key, value in model.state_dict().items()}

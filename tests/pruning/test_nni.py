@@ -262,7 +262,7 @@ def test_schedules_of_ten_decisions_on_ten_rows(name, ratios):
 )
 def test_what_nni_took_silently_or_asserted_is_refused_with_its_key(entry, coupling):
     with pytest.raises(UserError, match=r"pruning.config_list\[0\]\.[a-z_]+"):
-        attach(config([entry, {"op_names": ["fc1"]}]), Small(), coupling)
+        attach(config([entry, {"op_names": ["fc1"]}]), Small(), coupling, example=EXAMPLE[0])
 
 
 def test_the_parity_page_names_tests_that_exist():

@@ -9,6 +9,7 @@ from dist_compress.config_list import overrides
 from dist_compress.errors import UserError
 from dist_compress.pruning import register_defaults
 from dist_compress.pruning.config_list import PRUNING, resolve
+from dist_compress.sites import Sites
 from dist_compress.target import Coupling
 
 ALONE = {"dependency_group_id": None}
@@ -101,6 +102,20 @@ def test_defaults_from_python_yaml_and_entries(registered):
     assert overrides(list(settings.values())) == []  # a default is there to be overridden
 
 
+def test_defaults_cover_activations(registered):
+    model = nn.Sequential(Scaled(), nn.Identity())
+    model.get_submodule("0").forward = lambda x: (x, x + 1)  # two outputs, one name for both
+    model.get_submodule("1").forward = lambda pair: pair[0]
+    register_defaults(Scaled, {"kernel": {}, "_output_": {"sparse_ratio": 0.25}, "_input_x": {"max_sparse_ratio": 0.9}})
+    own = {"Scaled": {"_output_1": {"sparse_ratio": 0.2, "granularity": "element"}}}
+    cfg = config([{"op_types": ["Scaled"]}], default_settings=own).pruning
+    settings = {s.name: s for s in resolve(cfg, model, Sites(model, (torch.ones(2, 6),)))}
+    assert list(settings) == ["0._input_0", "0.kernel", "0._output_0", "0._output_1"]
+    assert [s.sparse_ratio for s in settings.values()] == [0.5, 0.5, 0.25, 0.2]
+    assert settings["0._input_0"].max_sparse_ratio == 0.9 and settings["0._output_1"].granularity == "element"
+    assert settings["0._output_0"].granularity == "per_channel"
+
+
 def test_refused_defaults(monkeypatch):
     monkeypatch.setattr(PRUNING, "registered", {})
     with pytest.raises(UserError, match=r"register_defaults\(Scaled\).kernel.sparse_ratoi: no such key"):
@@ -149,16 +164,21 @@ def test_overrides_are_said_once_for_all_their_targets_and_in_the_results():
     ("entry", "said"),
     [
         ({"target_names": ["gamma"]}, "config_list[0].target_names: no selected module has a parameter 'gamma'; they"),
-        ({"target_names": ["_input_0"]}, "config_list[0].target_names='_input_0': activations cannot be pruned"),
-        ({"target_settings": {"_output_": {}}}, "config_list[0].target_settings._output_: activations cannot be"),
+        (
+            {"target_names": ["_input_1"]},
+            "config_list[0].target_names: no selected module has an activation '_input_1'; they have _input_0 (input)",
+        ),
+        ({"target_settings": {"_output_x": {}}}, "[0].target_settings: no selected module has an activation '_output"),
         ({"target_settings": {"bias": {"op_names": []}}}, "config_list[0].target_settings.bias.op_names: no such key"),
         (
             {"target_names": ["weight"], "target_settings": {"bias": {}}},
             "config_list[0].target_names=['weight'] leaves",
         ),
         ({"target_names": []}, "config_list[0].target_names=[] names no target"),
-        ({"apply_method": "add"}, "config_list[0].apply_method='add' adds to the inputs of a softmax"),
+        ({"apply_method": "add"}, "config_list[0].apply_method='add' is for activations: the masked weights of a are"),
+        ({"apply_options": {"constant": 1}}, "config_list[0].apply_options={'constant': 1} is for activations"),
         ({"apply_method": "bypass"}, "config_list[0].apply_method='bypass' would decide masks and leave them out"),
+        ({"granularity": "per_channel"}, "config_list[0].granularity='per_channel' is for activations, but a has o"),
         (
             {"target_settings": {"bias": {"sparse_ratio": 0.2}}},
             "a.bias: pruning.config_list[0].target_settings.bias.spa",

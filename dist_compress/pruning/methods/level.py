@@ -20,5 +20,8 @@ class Options:
 class Level(Metric):
     granularity = "element"
 
+    def activation_statistic(self, activation: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+        return activation.abs().sum(1, dtype=torch.float64)
+
     def block_scores(self, weight: torch.Tensor, heard: torch.Tensor | None) -> torch.Tensor:
         return weight.abs().sum(1, dtype=torch.float64)
