@@ -168,6 +168,8 @@ class DistillationConfig:
     task_weight: float = 1.0  # of the task's own loss
     temperature: float = 1.0
     temperature_ramp: RampConfig = field(default_factory=RampConfig)
+    config_list: list[dict[str, Any]] = field(default_factory=list)  # hidden states, for methods that compare them
+    translator_lr: float = 0.001  # of the maps between widths of student and teacher (Adam)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
 
@@ -253,8 +255,8 @@ _AT_LEAST: dict[str, float] = {
 }
 _ABOVE_ZERO = (
     "train.clip_norm", "optim.gamma", "backend.timeout_s", "speedup.tolerance", "distillation.temperature",
-    "distillation.temperature_ramp.to", "pruning.at_most.macs", "pruning.at_most.params", "pruning.at_most.latency_ms",
-    "pruning.latency.time_s",
+    "distillation.temperature_ramp.to", "distillation.translator_lr",
+    "pruning.at_most.macs", "pruning.at_most.params", "pruning.at_most.latency_ms", "pruning.latency.time_s",
 )  # fmt: skip
 _BELOW_ONE = ("pruning.sparse_ratio", "task.label_smoothing")  # and at least 0
 _CHOICES = {

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
-from dist_compress import comm, compose, pruning, speedup
+from dist_compress import comm, compose, distillation, pruning, speedup
 from dist_compress.config import Config, load
 from dist_compress.errors import UserError
 from dist_compress.method import Context, Method
@@ -86,7 +86,7 @@ class Attached:
         self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.micro_batches, self.step_count, self.micro = micro_batches, 0, 0
         self.projection = Projection(self.model)
-        if config.distillation.method is not None:
+        if distillation.wanted(config.distillation):
             raise UserError(
                 f"attach: distillation.method={config.distillation.method!r}: the losses of your loop are yours. Add "
                 "dist_compress.distillation.losses.divergence to them, and take distillation out of the recipe."

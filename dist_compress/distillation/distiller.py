@@ -3,7 +3,7 @@
     loss = task_weight * task loss + weight * sum of the terms
 
 Each term is a sum over samples or valid tokens, which the loop divides by the count of the global batch, so ranks with
-unequal shares agree with one rank. Nothing here is collective.
+unequal shares agree with one rank.
 """
 
 from __future__ import annotations
@@ -14,13 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_compress.config import Config
+from dist_compress import comm
+from dist_compress.config import Config, DistillationConfig
+from dist_compress.config_list import overrides
+from dist_compress.distillation.layerwise import LOST, LayerTerm, matching
 from dist_compress.distillation.ramp import Ramp
 from dist_compress.distillation.stored import StoreTeacher
+from dist_compress.distillation.targets import DISTILLATION, resolve
 from dist_compress.distillation.teacher import OnlineTeacher, Teacher
-from dist_compress.distillation.term import Moment, build_term
+from dist_compress.distillation.term import Moment, Term, options_of, term_class
+from dist_compress.distillation.translators import Translators
 from dist_compress.errors import UserError
-from dist_compress.method import Context, Method
+from dist_compress.method import Context, Method, Tensors
+from dist_compress.sites import Sites
+from dist_compress.tracing.trace import untouched
 
 ROOT = "distillation"
 
@@ -29,11 +36,16 @@ def build(config: Config, split: Any, teacher_model: Callable[[], nn.Module]) ->
     """The distiller of the run, if any. Collective. `split`: the training data. `teacher_model()`: the network of
     `distillation.teacher.model` with its weights, on the device of the run; called for an online teacher. Raises
     UserError."""
-    if config.distillation.method is None:
+    if not wanted(config.distillation):
         return []
     if config.distillation.teacher.mode == "store":
         return [Distiller(config, StoreTeacher(config, split))]
     return [Distiller(config, OnlineTeacher(teacher_model(), config.distillation.teacher.precision))]
+
+
+def wanted(config: DistillationConfig) -> bool:
+    """Whether the section asks for a method anywhere. Local."""
+    return config.method is not None or bool(config.config_list)
 
 
 class Distiller(Method):
@@ -41,19 +53,49 @@ class Distiller(Method):
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         self.config, self.teacher, self.step = config.distillation, teacher, 0
-        assert self.config.method is not None
-        self.terms = [build_term(self.config.method, self.config.options, ROOT)]
+        self.lr = config.distillation.translator_lr
 
     def attach(self, context: Context) -> None:
         """Local, the same on every rank. Raises UserError when student and teacher do not go together."""
+        self.context = context
         self.weight = self._ramp("weight", context)
         self.temperature = self._ramp("temperature", context)
         if self.config.weight_ramp.to is None and self.config.weight == 0:
             raise UserError("distillation.weight=0: the teacher changes nothing. distillation=none trains without.")
         steps = range(max(context.total_steps, 1)) if self.temperature.changes else (0,)
         temperatures = sorted({self.temperature(step) for step in steps})
-        for term in self.terms:
-            term.attach(context, self.teacher, temperatures)
+        self.translators = Translators(context.config.seed, context.num_micro, self.lr, comm.device())
+        self.terms: list[Term] = []
+        self.layers = self._layers(context)
+        if self.config.method is not None and not issubclass(kind := term_class(self.config.method, ROOT), LayerTerm):
+            name = self.config.method.rpartition(".")[2]
+            self.terms.append(kind(name, options_of(kind, self.config.options, ROOT)))
+            self.terms[0].attach(context, self.teacher, temperatures)
+        elif not self.layers:
+            raise UserError(
+                f"{ROOT}.method={self.config.method!r} compares hidden states: name them in {DISTILLATION.root}, "
+                "such as {op_names: [layer3]}."
+            )
+        self.terms += self.layers
+        self.translators.ready()
+
+    def _layers(self, context: Context) -> list[LayerTerm]:
+        assert context.example is not None
+        sites = Sites(context.model, *context.example)
+        layers = []
+        self.settings = resolve(self.config, context.model, sites) if self.config.config_list else []
+        for setting in self.settings:
+            where = setting.sources.get("method", ROOT)
+            kind = term_class(setting.method, where) if setting.method is not None else Term
+            if not issubclass(kind, LayerTerm):
+                raise UserError(
+                    f"{setting.sources['']}: {setting.name} has the method {setting.method!r}, which compares no "
+                    "hidden states. Set method: fitnets there, for example."
+                )
+            term = kind(setting, options_of(kind, setting.options, where))
+            term.join(context, self.teacher, sites, self.translators)
+            layers.append(term)
+        return layers
 
     def _ramp(self, name: str, context: Context) -> Ramp:
         first, config = getattr(self.config, name), getattr(self.config, f"{name}_ramp")
@@ -68,8 +110,56 @@ class Distiller(Method):
         answer = self.teacher(batch)
         return {f"{term.name}_loss": weight * term.loss(moment, batch, output, answer) for term in self.terms}
 
+    def after_backward(self, step: int, micro: int) -> None:
+        self.translators.after_backward(micro)
+
+    def before_step(self, step: int) -> None:
+        """Collective when there are translators, the same ones on every rank."""
+        self.translators.step()
+
+    def detach(self) -> None:
+        """The student is about to be shrunk: remember its hidden states on the example. Distillation goes on."""
+        self.states = self._states() if self.layers else []
+
+    def rebase(self, transform: Callable[[Tensors], Tensors]) -> None:
+        """Find by the hidden states which channels of each target are left. Collective."""
+        for layer in self.layers:
+            layer.rehook()
+        if not self.layers:
+            return
+        found = comm.on_rank0(
+            lambda: [matching(old, new) for old, new in zip(self.states, self._states(), strict=True)]
+        )
+        self.states = []
+        for layer, kept in zip(self.layers, found, strict=True):
+            layer.kept = LOST if kept is None else kept.to(comm.device())
+
+    def _states(self) -> list[torch.Tensor]:
+        """Of each layer's target, on the example, on the CPU. Local."""
+        assert self.context.example is not None
+        args, kwargs = self.context.example
+        taps = [layer.watch() for layer in self.layers]
+        try:
+            with untouched(self.context.model):
+                self.context.model(*args, **kwargs)
+        finally:
+            for _, handle in taps:
+                handle.remove()
+        return [tap.take(layer.setting.path).cpu() for layer, (tap, _) in zip(self.layers, taps, strict=True)]
+
     def notes(self) -> list[str]:
-        return [self.teacher.note()]
+        return [self.teacher.note(), *overrides(self.settings)]
 
     def metrics(self) -> dict[str, float]:
         return {f"{ROOT}/weight": self.weight(self.step), f"{ROOT}/temperature": self.temperature(self.step)}
+
+    def state_dict(self) -> dict[str, Any]:
+        none = torch.zeros(0, dtype=torch.int64)
+        kept = {layer.name: none if layer.kept is None else layer.kept for layer in self.layers}
+        return {"translators": self.translators.state_dict(), "kept": kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.translators.load_state_dict(state["translators"])
+        for layer in self.layers:
+            kept = state["kept"][layer.name].to(comm.device())
+            layer.kept = None if not len(kept) else LOST if kept.equal(LOST.to(kept)) else kept

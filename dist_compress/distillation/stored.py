@@ -70,7 +70,7 @@ class StoreTeacher:
 def stored_views(config: Config) -> tuple[int, int] | None:
     """(seed of the augmentation, number of views) of a stored teacher, which the student's data have to repeat; None
     without one. Collective. Raises UserError."""
-    if config.distillation.method is None or config.distillation.teacher.mode != "store":
+    if config.distillation.teacher.mode != "store":
         return None
     folder = _folder(config)
     manifest = comm.on_rank0(lambda: read_manifest(folder))

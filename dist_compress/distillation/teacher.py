@@ -39,9 +39,10 @@ class OnlineTeacher:
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> Any:
         assert self.model is not None and not self.model.training
-        return call(self.model, tree_map(self._cast, batch["inputs"]))
+        return call(self.model, tree_map(self.cast, batch["inputs"]))
 
-    def _cast(self, leaf: Any) -> Any:
+    def cast(self, leaf: Any) -> Any:
+        """Floating point numbers in the precision of the teacher."""
         return leaf.to(self.dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
     def note(self) -> str:

@@ -1,12 +1,13 @@
 """What a distillation method has to say: a loss of one micro-batch. Nothing about when, how strong, or on which rank.
 
-A method file holds a dataclass `Options` and one subclass of `Term`; the distiller does the rest: teacher, schedules,
-weights, logging.
+A method file holds a dataclass `Options` and one subclass of `Term` (of `LogitTerm` or `LayerTerm`, most likely); the
+distiller does the rest: teacher, schedules, weights, logging.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +44,8 @@ class Term:
         raise NotImplementedError
 
 
-def build_term(name: str, options: dict[str, Any], key: str) -> Term:
-    """The term of method `name`, named under `key`. Local. Raises UserError."""
+def term_class(name: str, key: str) -> type[Term]:
+    """The term that the file of method `name`, named under `key`, defines. Local. Raises UserError."""
     module = method.load("distillation", f"{key}.method", name)
     found = [
         kind
@@ -57,4 +58,9 @@ def build_term(name: str, options: dict[str, Any], key: str) -> Term:
             f"{key}.method={name!r}: {module.__name__} must define a dataclass `Options` and one subclass of Term, but "
             f"has {names}."
         )
-    return found[0](name.rpartition(".")[2], merge(module.Options, options, f"{key}.options"))
+    return found[0]
+
+
+def options_of(kind: type[Term], options: dict[str, Any], key: str) -> Any:
+    """The `Options` of a term's file from what stands under `key`. Raises UserError."""
+    return merge(sys.modules[kind.__module__].Options, options, f"{key}.options")

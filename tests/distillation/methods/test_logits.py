@@ -183,7 +183,7 @@ def refused(run_dir: str, classes: int, *overrides: str) -> str:
 @pytest.mark.parametrize(
     ("classes", "override", "said"),
     [
-        (7, "seed=0", "its logits are [2, 7] for two samples, the student's [2, 10]"),
+        (7, "seed=0", "distillation.teacher: it has 7 classes, the student 10"),
         (10, "+distillation.options.kind=sideways", "distillation.options: divergence kind 'sideways': choose forward"),
         (10, "distillation.weight=0", "distillation.weight=0: the teacher changes nothing"),
         (10, "+distillation.options.gamma=1", "distillation.options.gamma: no such key"),
