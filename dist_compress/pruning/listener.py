@@ -24,6 +24,7 @@ class Listener:
         """`size`: of the statistic, a vector."""
         self.num_micro = num_micro
         self.latest: dict[Any, torch.Tensor] = {}  # what the hooks of this pass found
+        self.from_start = False  # all steps are heard, and no decision forgets them
         self.awake = True  # whether this step is heard; the hooks rest if not
         self.device = next(model.parameters()).device
         self.statistic = Statistic(num_micro, size, self.device)
@@ -63,9 +64,10 @@ class UnitListener(Listener):
     """Collects `metric.gate_statistic` of unit sets, from `latest`: {(set, gate): [units] or [samples, units]}."""
 
     def __init__(self, model: nn.Module, sets: Sequence[UnitSet], metrics: Sequence[Metric], num_micro: int) -> None:
-        """`metrics[i]` belongs to `sets[i]`; all are data-driven and hear the same."""
+        """`metrics[i]` belongs to `sets[i]`; all are data-driven, hear the same and accumulate alike."""
         super().__init__(model, sum(s.num_units for s in sets), num_micro)
         self.sets, self.metrics = sets, metrics
+        self.from_start = metrics[0].accumulates
 
     def parts(self) -> list[torch.Tensor]:
         parts = []

@@ -46,6 +46,7 @@ class Metric:
     # the gradient, or "inputs" (pruning/inputs.py).
     hears = "gates"
     wants_gradients = False  # of "outputs" and of activations that are targets, too
+    accumulates = False  # True: all steps since the start are heard; of blocks by `block_step`
     stays_removed = True  # False: every decision is taken anew, and what was removed may return
     distribution = "uniform"  # of a ratio over targets decided one by one, or "erk": see pruning/distribution.py
     masked_decay: float | None = None  # None: no gradient for masked weights; else theirs, plus this times the weight
@@ -75,7 +76,8 @@ class Metric:
             needed = ["block_scores"] * (not self.solves) + ["input_statistic"] if blocks else ["unit_scores"]
         else:
             heard = ["gate_statistic"] + ["output_statistic"] * (self.hears == "outputs")
-            needed = ["block_scores"] if blocks else ["unit_scores"] + heard * self.data_driven
+            running = ["block_step"] * self.accumulates
+            needed = ["block_scores", *running] if blocks else ["unit_scores"] + heard * self.data_driven
         lacks = [name for name in needed if getattr(type(self), name) is getattr(Metric, name)]
         by_blocks = not self.data_driven and type(self).block_scores is not Metric.block_scores
         return [name for name in lacks if not (name == "unit_scores" and by_blocks)]
@@ -144,10 +146,16 @@ class Metric:
         """float [n], highest first, of n blocks: their weights without masks, and their dense gradient."""
         raise NotImplementedError
 
+    def block_step(self, score: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """The running score of n blocks after a step, float64 [n], from that before it (zero at the start), their
+        weights without masks and their reduced gradient, [n, k], which is dense: that of masked weights, too."""
+        raise NotImplementedError
+
     def block_scores(self, weight: torch.Tensor, heard: torch.Tensor | None) -> torch.Tensor:
         """float [n] of n blocks of k weights, [n, k], and, when data-driven, of what was heard of each weight, [n, k]:
-        the reduced gradient of the last step, or the mean of `input_statistic` at the feature it is multiplied with. A
-        single weight is a block of one. The score of a block must not depend on which blocks come with it."""
+        the reduced gradient of the last step, or the mean of `input_statistic` at the feature it is multiplied with;
+        where the method accumulates, the running score, [n, 1]. A single weight is a block of one. The score of a
+        block must not depend on which blocks come with it."""
         raise NotImplementedError
 
 

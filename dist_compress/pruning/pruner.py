@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,21 +29,19 @@ from dist_compress.pruning.config_list import resolve
 from dist_compress.pruning.distribution import distribute
 from dist_compress.pruning.elements import GRAD, Elements
 from dist_compress.pruning.evidence import Evidence, Found, local_view, view
-from dist_compress.pruning.gates import Gates
-from dist_compress.pruning.hearing import Hearing
-from dist_compress.pruning.listener import Listener, UnitListener
+from dist_compress.pruning.listener import Listener
 from dist_compress.pruning.metric import Metric
-from dist_compress.pruning.outputs import Outputs
+from dist_compress.pruning.running import Running
 from dist_compress.pruning.schedule import decisions, due
 from dist_compress.pruning.scorers import scorers_of
 from dist_compress.pruning.setting import AT_MOST
 from dist_compress.pruning.solving import solve
 from dist_compress.pruning.sparsity import Ranked, decide_alone
+from dist_compress.pruning.unit_listeners import heard_together, unit_listeners
 from dist_compress.pruning.units import collect
 from dist_compress.sites import Sites
 
 Masks = dict[str, torch.Tensor]
-_LISTENERS: dict[str, type[UnitListener]] = {"gates": Gates, "outputs": Outputs}  # by `Metric.hears`
 
 
 def build(config: Config) -> list[Method]:
@@ -100,23 +97,10 @@ class Pruner(Method):
         # Each decision hears the steps since the one before it, the first as many, a single one those of an epoch.
         heard = later[0] - first if later else max(round(context.steps_per_epoch), 1)
         self.listen_from = max(first - heard, 0)
-        self.driven: dict[str, list[int]] = {}  # by what is heard: numbers of sets
-        for i, s in enumerate(self.sets):
-            if s.activations:
-                self.driven.setdefault("activations", []).append(i)
-            elif self.scorers[s.targets[0]].data_driven:
-                self.driven.setdefault(self.scorers[s.targets[0]].hears, []).append(i)
-        kinds = {**_LISTENERS, "activations": partial(Hearing, self.activations)}
-        self.unit_listeners = {
-            heard: kinds[heard](
-                model,
-                [self.sets[i] for i in mine],
-                [self.scorers[self.sets[i].targets[0]] for i in mine],
-                context.num_micro,
-            )
-            for heard, mine in sorted(self.driven.items())
-        }
+        self.driven = heard_together(self.sets, self.scorers)
+        self.unit_listeners = unit_listeners(model, self.activations, self.sets, self.scorers, context.num_micro)
         self.block_data = BlockData(self.elements, model, self.scorers, context.num_micro)
+        self.running = Running(self.elements, self.scorers)
         self.listeners: dict[str, Listener] = {**self.unit_listeners, **self.block_data.listeners()}
         self._listen(0)
         self.activations.install()  # what listens hears what comes before the masks
@@ -139,13 +123,16 @@ class Pruner(Method):
 
     def after_backward(self, step: int, micro: int) -> None:
         for listener in self.listeners.values():
-            if listener.active and step >= self.listen_from:
+            if listener.active and self._heard_in(step, listener):
                 listener.add(micro)
+
+    def _heard_in(self, step: int, listener: Listener) -> bool:
+        return listener.from_start or step >= self.listen_from
 
     def _listen(self, step: int) -> None:
         """Let the hooks work in step `step` only if it is heard."""
         for listener in self.listeners.values():
-            listener.awake = step >= self.listen_from
+            listener.awake = self._heard_in(step, listener)
 
     def before_step(self, step: int) -> None:
         if self.frozen is None and step < max(self.schedule):
@@ -153,6 +140,8 @@ class Pruner(Method):
             for s in self.sets:
                 metric = self.scorers[s.targets[0]]
                 metric.edit_gradients(local_view(s, projection), projection.layout.grad)
+        if self.frozen is None and step < max(self.due):
+            self.running.step(self._placed())
         if self.frozen is None and step + 1 in self.due:
             self._placed().keep_gradients(self.due[step + 1])
         self._listen(step + 1)
@@ -168,13 +157,13 @@ class Pruner(Method):
         found = evidence.gather(self.due[t])
         if any(s.targets[0] in self.due[t] for s in self.sets):
             self._decide_units(fraction, self.due[t], self._unit_scores(evidence, found))
-        heard = evidence.rows(found, GRAD) | self.block_data.heard(self.due[t])
+        heard = evidence.rows(found, GRAD) | self.block_data.heard(self.due[t]) | self.running.heard(self.due[t])
         latent = self.context.projection.latent
         self.elements.decide(t, fraction, self.due[t], latent, evidence.rows(found), heard)
         if solved := [x for x in self.block_data.solved if x.setting.name in self.due[t]]:
             solve(solved, self.due[t], self.block_data.alone, evidence, found, fraction)
         if t in self.schedule:
-            for listener in self.listeners.values():
+            for listener in [x for x in self.listeners.values() if not x.from_start]:
                 listener.statistic.reset()
         self._close_listeners_after(t)
         mark = self._put_on(t)
@@ -337,6 +326,7 @@ class Pruner(Method):
             "units": torch.cat([none, *self.removed]),
             "elements": self.elements.placed.state_dict(),
             "statistics": {heard: x.statistic.state_dict() for heard, x in self.listeners.items()},
+            "running": self.running.state_dict(),
             "history": history,
         }
 
@@ -361,6 +351,7 @@ class Pruner(Method):
         self.removed = list(state["units"].cpu().split([len(r) for r in self.removed]))
         self._placed()
         self.elements.placed.load_state_dict(elements)
+        self.running.load_state_dict(state["running"])
         for heard, listener in self.listeners.items():
             listener.statistic.load_state_dict(state["statistics"][heard])
             listener.awake = True

@@ -51,6 +51,7 @@ SCHEDULES = [
     {"name": "linear", "start": "1steps", "end": "10steps", "num_decisions": 5},
 ]
 METHODS = ["l1_norm", "l2_norm", "fpgm", "slim", "taylor", "apoz", "mean_activation", "group_fisher", "random"]
+METHODS += ["level", "movement"]
 
 
 def pruned(method, schedule, coupling):
