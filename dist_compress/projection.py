@@ -30,7 +30,8 @@ class Projection:
     name."""
 
     def __init__(self, model: nn.Module, layout: Layout | None = None) -> None:
-        """`layout`: who holds what; unless given, read off the parameters."""
+        """`layout`: who holds what; unless given, read off the parameters. A backend that partitions them in a way of
+        its own sets it when it wraps the model."""
         self.model = model
         self.layout = layout or Layout(model)
         self.projected = False

@@ -11,6 +11,7 @@ from dist_compress import comm
 from dist_compress.blocks import Blocks, channel_dim
 from dist_compress.errors import UserError
 from dist_compress.layout import Layout
+from dist_compress.projection import Projection
 from dist_compress.pruning.activations import Activation
 from dist_compress.pruning.mask import owners
 from dist_compress.pruning.setting import Setting
@@ -19,8 +20,13 @@ from dist_compress.pruning.setting import Setting
 class Tensors:
     """All that may have a mask, by name: parameters, as this rank holds them, and activations, which are whole."""
 
-    def __init__(self, layout: Layout, activations: Mapping[str, Activation]) -> None:
-        self.layout, self.activations, self.model = layout, activations, layout.model
+    def __init__(self, projection: Projection, activations: Mapping[str, Activation]) -> None:
+        self.projection, self.activations, self.model = projection, activations, projection.model
+
+    @property
+    def layout(self) -> Layout:
+        """That of now: the model may have been sharded since."""
+        return self.projection.layout
 
     def owners(self) -> dict[str, str]:
         return owners(self.model) | {path: path for path in self.activations}

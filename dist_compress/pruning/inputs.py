@@ -23,8 +23,8 @@ class Inputs(Listener):
         self.metrics, self.shapes = dict(metrics), {}
         for name, metric in metrics.items():
             module: Any = model.get_submodule(name)
-            rows = weight_rows(module, module.weight.detach())
-            nothing = torch.zeros(rows.shape[0], 0, rows.shape[2], device=rows.device)
+            rows = weight_rows(module, torch.empty(module.weight.shape, device="meta"))
+            nothing = torch.zeros(rows.shape[0], 0, rows.shape[2], device=module.weight.device)
             self.shapes[name] = metric.input_statistic(nothing).shape
         super().__init__(model, sum(map(math.prod, self.shapes.values())), num_micro)
         for name in metrics:

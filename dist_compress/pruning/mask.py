@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dist_compress import comm
-from dist_compress.exchange import segments_of, within
+from dist_compress.exchange import Exchange, Span, segments_of, within
 from dist_compress.hashing import splitmix64
 from dist_compress.layout import Layout
 from dist_compress.pruning.units import UnitSet
@@ -74,3 +74,18 @@ def fingerprint(layout: Layout, masks: Mapping[str, torch.Tensor]) -> str:
     if sharded:
         whole += int(comm.all_reduce(parts.to(comm.device())))
     return f"{whole % 2**64:016x}"
+
+
+def gathered(layout: Layout, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Masks of what this rank holds -> bool of the shapes of the parameters, the same on every rank. Collective if any
+    is sharded."""
+    sharded = [name for name in masks if not layout.is_whole(name)]
+    spans = [Span(name, 0, layout.shape(name).numel()) for name in sharded]
+    exchange = Exchange({name: layout.holdings(name) for name in sharded}, [spans] * comm.world_size())
+
+    def flat(name: str) -> torch.Tensor:
+        return masks[name].expand(layout.local(name).shape).reshape(-1)
+
+    found = exchange.move(exchange.pick(flat), flat, packed=True)
+    whole = {span.name: bits.view(layout.shape(span.name)) for span, bits in zip(spans, found, strict=True)}
+    return {name: whole.get(name, mask) for name, mask in masks.items()}

@@ -82,7 +82,7 @@ class Pruner(Method):
         self.budgets = budgets(self.sets, self.settings, context)
         for group in self.budgets.values():
             group.wanted(1.0)
-        self.tensors = Tensors(context.projection.layout, self.activations.targets)
+        self.tensors = Tensors(context.projection, self.activations.targets)
         check_aligned(self.tensors, self.settings, self._masked())
         driven = [s for s in self.settings if not s.align and (s.activation or self.scorers[s.name].data_driven)]
         self.schedule = decisions(
@@ -319,7 +319,8 @@ class Pruner(Method):
         shrink."""
         history = json.dumps(self.history)
         if self.frozen is not None:
-            return {"masks": dict(self.frozen), "activations": self.activations.on(), "history": history}
+            masks = masking.gathered(self.context.projection.layout, self.frozen)
+            return {"masks": masks, "activations": self.activations.on(), "history": history}
         none = torch.zeros(0, dtype=torch.bool)
         self._placed()  # a checkpoint is written in training
         return {
@@ -335,8 +336,8 @@ class Pruner(Method):
         self.history = [tuple(item) for item in json.loads(state["history"])]
         if "masks" in state:
             assert self.frozen is not None, "a shrunk state goes to a pruner that was rebased"
-            device = next(self.context.model.parameters()).device
-            self.frozen = {name: mask.to(device) for name, mask in state["masks"].items()}
+            layout, device = self.context.projection.layout, next(self.context.model.parameters()).device
+            self.frozen = {name: layout.part(name, mask.to(device)) for name, mask in state["masks"].items()}
             self.activations.put_on({name: mask.to(device) for name, mask in state["activations"].items()})
             self._put_on(self.history[-1][0])
             return
