@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from dist_compress.blocks import Blocks, activation_dim
 from dist_compress.errors import UserError
 from dist_compress.hashing import splitmix64
+from dist_compress.layout import Layout
 from dist_compress.pruning.activation_mask import PREFIX, install
 from dist_compress.pruning.folding import fold
 from dist_compress.pruning.setting import Setting
@@ -127,13 +128,13 @@ class Activations:
             else:
                 setattr(module, self._buffer(path), mask.to(getattr(module, self._buffer(path))))
 
-    def settle(self, masks: Mapping[str, torch.Tensor]) -> Masks:
+    def settle(self, layout: Layout, masks: Mapping[str, torch.Tensor]) -> Masks:
         """The model was shrunk: take off what masks nothing any more, and what a module's own weights can do. Returns
         the masks of these weights, {parameter: bool}, with `masks`, theirs so far, in them."""
         left = {path: mask for path, mask in self.on().items() if not bool(mask.all())}
         folded: Masks = {}
         for path, mask in list(left.items()):
-            own = fold(self.model, self.targets[path].setting, mask)
+            own = fold(layout, self.targets[path].setting, mask)
             for name, kept in own.items():
                 folded[name] = folded.get(name, masks.get(name, torch.ones_like(kept))) & kept
             if own:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from dist_compress.layout import Layout
 from dist_compress.pruning.setting import Setting
 
 # class: (dim of the weight for output channels, for input channels; None: not by the weight)
@@ -33,11 +34,11 @@ _LAYERS: dict[type[nn.Module], tuple[int, int | None]] = {
 }
 
 
-def fold(model: nn.Module, setting: Setting, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+def fold(layout: Layout, setting: Setting, mask: torch.Tensor) -> dict[str, torch.Tensor]:
     """Zero the weights that do what `mask` (bool, True = keep) does to an activation, and return their masks,
-    {parameter: bool}; {} and nothing done where no weight can. Local."""
-    module = model.get_submodule(setting.module)
-    dim = _dim(model, module, setting)
+    {parameter: bool, of what this rank holds}; {} and nothing done where no weight can. Local."""
+    module = layout.model.get_submodule(setting.module)
+    dim = _dim(layout.model, module, setting)
     channels = mask.flatten()
     weight = module._parameters.get("weight")
     if dim is None or weight is None or weight.shape[dim] != len(channels):
@@ -45,10 +46,12 @@ def fold(model: nn.Module, setting: Setting, mask: torch.Tensor) -> dict[str, to
     masks = {"weight": channels.view([-1 if d == dim else 1 for d in range(weight.dim())]).expand(weight.shape)}
     if setting.target.startswith("_output_") and module._parameters.get("bias") is not None:
         masks["bias"] = channels
-    with torch.no_grad():
-        for name, kept in masks.items():
-            module.get_parameter(name).masked_fill_(~kept, 0)
-    return {f"{setting.module}.{name}": kept.clone() for name, kept in masks.items()}
+    folded = {}
+    for name, kept in masks.items():
+        path = f"{setting.module}.{name}"
+        folded[path] = layout.part(path, kept).clone()
+        layout.local(path).masked_fill_(~folded[path], 0)
+    return folded
 
 
 def _dim(model: nn.Module, module: nn.Module, setting: Setting) -> int | None:

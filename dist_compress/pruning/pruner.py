@@ -278,7 +278,7 @@ class Pruner(Method):
         sliced = transform({name: mask.contiguous() for name, mask in self.frozen.items()})
         layout = self.context.projection.layout  # what the shrink folded into a masked bias is no zero any more
         self.frozen = {name: mask | (layout.local(name) != 0) for name, mask in sliced.items()}
-        self.frozen |= self.activations.settle(self.frozen)
+        self.frozen |= self.activations.settle(layout, self.frozen)
         self._put_on(self.history[-1][0] if self.history else 0)
 
     def sparse_ratio(self) -> float:

@@ -359,6 +359,41 @@ def test_refusals():
     assert "l1_norm scores by" in refuse(on("a"), schedule={"name": "one_shot"})
 
 
+def sharded(shard):
+    """Masks of activations after two steps of a model that is sharded, or not, once they are attached."""
+    from torch.distributed.fsdp import fully_shard
+
+    from dist_compress import comm
+
+    entries = [
+        on("a", sparse_ratio=0.5),
+        on("b", "_input_0", granularity=[2, 2, 2], method="l2_norm", sparse_ratio=0.3),
+    ]
+    pruner, model, _ = start(
+        *entries, schedule={"name": "linear", "start": "1steps", "end": "2steps", "num_decisions": 2}
+    )
+    if shard:
+        for module in (model.stem, model.a, model.b, model.head, model):
+            fully_shard(module)
+    for step in range(2):
+        for first in range(0, NUM_MICRO, comm.world_size()):
+            micro = first + comm.rank()
+            x, y = micro_batch(step, micro)
+            nn.functional.cross_entropy(model.train()(x), y).backward()
+            pruner.after_backward(step, micro)
+        pruner.before_step(step)
+        pruner.after_step(step)
+    return [mask.flatten() for mask in pruner.activations.on().values()], pruner.history[-1][2]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_on_a_sharded_model(ranks, size):
+    masks, mark = ranks(1, sharded, False)[0]
+    assert [int((~m).sum()) for m in masks] == [3, 24]  # 24: three of twelve blocks of eight
+    for found, other in ranks(size, sharded, True):
+        assert all(torch.equal(a, b) for a, b in zip(found, masks, strict=True)) and other == mark
+
+
 # ---- after a shrink ----
 
 
