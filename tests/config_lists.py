@@ -11,14 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from activation_lists import FREE_OF_GROUPS, RATIOS, activations, how_much, method
+from activation_reference import hear, is_activation
 from pruning_nets import Net, attach
 from pruning_reference import Entry, Masks, expected
 from torch import nn
 
+from dist_compress import comm
 from dist_compress.config import Config, merge
 from dist_compress.errors import UserError
-
-RATIOS = (0.1, 0.25, 0.3, 0.5, 0.6, 0.75)
 
 
 class Wide(Net):
@@ -46,7 +47,6 @@ BLOCKS: dict[str, list[Any]] = {
     "mat": ["element", [4, 4], [2, -1], [[1], "back", -1], "2:4", "1:3"],
 }
 SIZES = {"stem": 8, "a": 6, "b": 8, "depthwise": 8, "free": 10, "head": 5, "emb": 4, "up": 6, "mat": 8}
-FREE_OF_GROUPS = {"global_group_id": None, "min_sparse_ratio": None, "max_sparse_ratio": None}
 
 
 def draw(rng: random.Random, model: nn.Module) -> tuple[list[Entry], Entry, Masks]:
@@ -72,6 +72,8 @@ def _draw(rng: random.Random) -> tuple[list[Entry], Entry]:
         entries.append({"op_names": [name], **_alone(rng, name, coupled)})
     if rng.random() < 0.4:
         entries += _aligned(rng, [n for n in left[4:]], coupled)
+    if rng.random() < 0.5:
+        entries += activations(rng)
     return entries or [{"op_names": ["free"]}], keys
 
 
@@ -88,7 +90,7 @@ def _coupled(rng: random.Random, left: list[str]) -> list[Entry]:
             {"op_names": ["b"], "granularity": "in_channel"},
         ]
     )
-    entry = {**entry, **_method(rng)}
+    entry = {**entry, **method(rng)}
     if rng.random() < 0.7:
         entry["sparse_ratio"] = rng.choice(RATIOS[:4])
     elif rng.random() < 0.5:
@@ -104,35 +106,22 @@ def _coupled(rng: random.Random, left: list[str]) -> list[Entry]:
     return [before, entry] if before else [entry]
 
 
-def _method(rng: random.Random) -> Entry:
-    return rng.choice([{}, {}, {"method": "l1_norm"}, {"method": "l2_norm"}])
-
-
-def _how_much(rng: random.Random, scale: float = 1.0) -> Entry:
-    if rng.random() < 0.7:
-        return {"sparse_ratio": rng.choice(RATIOS), **FREE_OF_GROUPS}
-    bounds = rng.choice(
-        [{}, {"max_sparse_ratio": 0.5}, {"min_sparse_ratio": 0.3}, {"min_sparse_ratio": 0.2, "max_sparse_ratio": 0.4}]
-    )
-    return {**FREE_OF_GROUPS, "sparse_threshold": scale * rng.choice([0.0, 0.1, 0.3, 2.0]), **bounds}
-
-
 def _alone(rng: random.Random, name: str, coupled: bool) -> Entry:
     """One target that is decided for itself. A bias cannot, when the trace couples what it follows."""
-    kind, entry = rng.choice(["units", "blocks", "blocks", "targets"]), {**_method(rng)}
+    kind, entry = rng.choice(["units", "blocks", "blocks", "targets"]), {**method(rng)}
     if kind == "units":
         entry |= {
             "granularity": rng.choice(["out_channel", "default"]),
             "dependency_group_id": rng.choice([None, "none"]),
         }
-        entry |= {**_how_much(rng, 5.0), "internal_metric_block": None}
+        entry |= {**how_much(rng, 5.0), "internal_metric_block": None}
         parts = [p for p in (2, 3, 4, 5) if SIZES[name] % p == 0]
         if "sparse_ratio" in entry and parts and rng.random() < 0.5:
             entry["internal_metric_block"] = rng.choice(parts)
     else:
         entry |= {"granularity": rng.choice(BLOCKS[name]), "dependency_group_id": None, "internal_metric_block": None}
         pattern = ":" in entry["granularity"]
-        entry |= {**FREE_OF_GROUPS, "sparse_ratio": None, "sparse_threshold": None} if pattern else _how_much(rng)
+        entry |= {**FREE_OF_GROUPS, "sparse_ratio": None, "sparse_threshold": None} if pattern else how_much(rng)
         if kind == "targets" and name not in ("stem", "emb") and not (coupled and name in ("a", "depthwise")):
             bias = {
                 "granularity": rng.choice(["element", "out_channel"]),
@@ -151,7 +140,7 @@ def _group(rng: random.Random, left: list[str]) -> Entry:
     names = list(rng.choice(pairs))
     for name in names:
         left.remove(name)
-    entry = {"op_names": names, "dependency_group_id": rng.choice(["pair", 3]), **_method(rng), **_how_much(rng, 5.0)}
+    entry = {"op_names": names, "dependency_group_id": rng.choice(["pair", 3]), **method(rng), **how_much(rng, 5.0)}
     entry["internal_metric_block"] = 2 if "sparse_ratio" in entry and rng.random() < 0.4 else None
     return {**entry, "granularity": "out_channel", "method": "l1_norm"}
 
@@ -262,6 +251,31 @@ _BAD: list[Break] = [
     ({"op_types": ["Linear"], "target_names": ["gamma"]}, "target_names"),
     ({"op_names": ["head"], "target_names": ["_input_1"]}, "target_names"),
     ({"op_names": ["head"], "target_settings": {"_output_y": {}}}, "target_settings"),
+    ({"op_names": ["a"], "target_names": ["_output_logits"]}, "target_names"),
+    ({"op_names": ["mat"], "target_names": ["_output_0"]}, "target_names"),
+    ({"op_names": ["bn"], "target_names": ["_output_0"], "granularity": "out_channel"}, "granularity"),
+    ({"op_names": ["bn"], "target_names": ["_output_0"], "granularity": "1:2"}, "granularity"),
+    ({"op_names": ["bn"], "target_names": ["_output_0"], "granularity": [3, 2]}, "granularity"),
+    ({"op_names": ["bn"], "target_names": ["_output_0"], "granularity": [1, 1, 1, 1]}, "granularity"),
+    ({"op_names": ["bn"], "target_names": ["_output_0"], "apply_method": "times"}, "apply_method"),
+    ({"op_names": ["bn"], "target_names": ["_output_0"], "apply_method": 3}, "apply_method"),
+    ({"op_names": ["bn"], "target_names": ["_output_0"], "apply_options": {"constant": 1}}, "apply_options.constant"),
+    ({"op_names": ["bn"], "target_names": ["_output_0"], "apply_options": 3}, "apply_options"),
+    (
+        {"op_names": ["bn"], "target_names": ["_output_0"], "apply_method": "add", "apply_options": {"constant": "x"}},
+        "apply_options.constant",
+    ),
+    ({"op_names": ["bn"], "target_names": ["_output_0"], "method": "fpgm"}, "method"),
+    ({"op_names": ["bn"], "target_names": ["_output_0"], "internal_metric_block": 3}, "internal_metric_block"),
+    ({"op_names": ["bn", "a"], "target_names": ["_output_0"], "dependency_group_id": "d"}, "dependency_group_id"),
+    ({"op_names": ["bn"], "target_names": ["_output_0"], "sparse_threshold": 1, "global_group_id": 8}, "sparse_thr"),
+    ({"op_names": ["bn"], "target_names": ["_output_0"], "target_settings": {"_input_": {}}}, "target_settings._input"),
+    ({"op_names": ["bn"], "target_settings": {"_output_0": {"sparse_ratio": 7}}}, "target_settings._output_0.sparse_r"),
+    ({"op_names": ["bn"], "target_names": ["_input_0"], "align": _BY_INPUT | {"dims": [0]}}, "align"),
+    (
+        {"op_names": ["bn"], "target_names": ["_input_0"], "align": _BY_INPUT | {"target_name": "_input_0"}},
+        "align",
+    ),
     ({"op_types": ["Linear"], "target_settings": {"bias": {"sparse_ratio": 2}}}, "target_settings.bias.sparse_ratio"),
     ({"op_types": ["Linear"], "target_settings": {"bias": {"op_types": []}}}, "target_settings.bias.op_types"),
     ({"op_types": ["Linear"], "target_settings": {"bias": 0.5}}, "target_settings.bias"),
@@ -317,13 +331,23 @@ def check_valid(seed: int) -> None:
     plain = not any("sparse_ratio" in key and key != "sparse_ratio" for e in entries for key in e if e[key] is not None)
     decisions = rng.randint(1, 3) if plain else 1
     schedule = {"name": "one_shot"} if decisions == 1 else {"name": "linear", "end": 1.0, "num_decisions": decisions}
+    if any(is_activation(name) for name in want):
+        schedule = {"name": "one_shot", "start": "1steps", "end": "1steps"}
     pruner, _, _ = attach(section(entries, schedule=schedule, **keys), model)
+    if "activations" in pruner.driven:
+        hear(pruner, model, comm.rank(), comm.world_size())
     for t in pruner.schedule:
         pruner.decide(t)
     got = pruner.masks()
     for name, parameter in model.named_parameters():
         mask = got[name].expand(parameter.shape).numpy() if name in got else np.ones(parameter.shape, bool)
         assert np.array_equal(mask, want[name]), f"seed {seed}: {name}: {entries} {keys}"
+    acts = pruner.activations.on()
+    assert set(acts) == {name for name in want if is_activation(name)}, f"seed {seed}: {entries}"
+    for path, mask in acts.items():
+        assert np.array_equal(mask.expand(want[path].shape).numpy(), want[path]), (
+            f"seed {seed}: {path}: {entries} {keys}"
+        )
 
 
 def check_invalid(seed: int) -> None:

@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from activation_reference import activation_sets, asked_of, held, is_activation, regions, sides, spread
 from pruning_nets import COUPLING
 from torch import nn
 
@@ -29,7 +30,7 @@ def exact(value: float) -> Fraction:
 
 
 def merged(entries: list[Entry], model: nn.Module) -> dict[str, Entry]:
-    """{parameter: what it is asked}, in model order."""
+    """{parameter: what it is asked}, in model order, then {activation: what it is asked}."""
     modules = dict(model.named_modules())
     asked: dict[str, Entry] = {}
     for entry in entries:
@@ -43,12 +44,16 @@ def merged(entries: list[Entry], model: nn.Module) -> dict[str, Entry]:
             own = {n: p for n, p in modules[name].named_parameters(recurse=False)}
             default = [n for n, p in own.items() if n == "weight" and (p.dim() > 1 or "align" in entry)]
             settings = entry.get("target_settings", {})
+            values = {k: v for k, v in entry.items() if not re.match("op_|exclude_|target_", k)}
             for target in entry.get("target_names", [*default, *settings]):
                 if target in own:
-                    values = asked.setdefault(f"{name}.{target}", {})
-                    override(values, {k: v for k, v in entry.items() if not re.match("op_|exclude_|target_", k)})
-                    override(values, settings.get(target, {}))
-    return {n: asked[n] for n, _ in model.named_parameters() if n in asked}
+                    override(asked.setdefault(f"{name}.{target}", {}), values)
+                    override(asked[f"{name}.{target}"], settings.get(target, {}))
+            for path, more in asked_of(entry, name).items():
+                for new in (values, *more):
+                    override(asked.setdefault(path, {}), new)
+    order = [n for n, _ in model.named_parameters()] + [p for p in asked if is_activation(p)]
+    return {n: asked[n] for n in order if n in asked}
 
 
 def override(values: Entry, new: Entry) -> None:
@@ -69,7 +74,8 @@ def expected(entries: list[Entry], ratio: float, model: nn.Module) -> tuple[Mask
     weights = {n: p.detach().double().numpy() for n, p in model.named_parameters()}
     masks = {n: np.ones(w.shape, bool) for n, w in weights.items()}
     asked = merged(entries, model)
-    own = {n for n, s in asked.items() if not s.get("align")}
+    own = {n for n, s in asked.items() if not s.get("align") and not is_activation(n)}
+    heard = {n: s for n, s in asked.items() if not s.get("align") and is_activation(n)}
     rows = [
         n for n in own if covers_rows(asked[n], weights[n]) and n.endswith("weight") and type_of(model, n) not in OUT
     ]
@@ -83,8 +89,12 @@ def expected(entries: list[Entry], ratio: float, model: nn.Module) -> tuple[Mask
     tensors = {n: tiles(asked[n], weights[n], type_of(model, n)) for n in own if not by_units(asked[n])}
     decide_units(sets, ratio, masks)
     decide_blocks(tensors, asked, weights, ratio, masks)
+    by_unit = {n: np.ones(len(regions(s, held()[n]["l1_norm"].shape)), bool) for n, s in heard.items()}
+    decide_units(activation_sets(heard), ratio, by_unit)
+    masks |= {n: spread(s, by_unit[n], n) for n, s in heard.items()}
+    masks |= {n: np.ones((1, *held()[n]["l1_norm"].shape), bool) for n in asked if is_activation(n) and n not in heard}
     follow({n: s for n, s in asked.items() if s.get("align")}, model, masks)
-    return masks, len(sets) + len(tensors)
+    return masks, len(sets) + len(tensors) + len(heard)
 
 
 def type_of(model: nn.Module, parameter: str) -> str:
@@ -260,7 +270,8 @@ def follow(aligned: dict[str, Entry], model: nn.Module, masks: Masks) -> None:
     while waiting:
         for name, s in list(waiting.items()):
             align = s["align"]
-            source = f"{align['module_name'] or name.rpartition('.')[0]}.{align['target_name']}"
+            target = sides(align["target_name"]) if is_activation(align["target_name"]) else align["target_name"]
+            source = f"{align['module_name'] or name.rpartition('.')[0]}.{target}"
             if source in waiting:
                 continue
             del waiting[name]
@@ -268,13 +279,16 @@ def follow(aligned: dict[str, Entry], model: nn.Module, masks: Masks) -> None:
             alive = np.zeros([masks[source].shape[d] for d in dims], bool)
             for place in np.argwhere(masks[source]):
                 alive[tuple(place[d] for d in dims)] = True
-            places = list(range(len(dims)))
-            if len(dims) == 1 and masks[name].ndim > 1:
+            places = list(range(is_activation(name), len(dims) + is_activation(name)))
+            if len(dims) == 1 and masks[name].ndim > 1 and not is_activation(name):
                 places = [int((s.get("granularity") == "in_channel") != (type_of(model, name) in OUT))]
             mask = np.ones_like(masks[name])
             for place in np.ndindex(*mask.shape):
                 mask[place] = alive[tuple(place[p] for p in places)]
-            if isinstance(s.get("granularity"), list):
+            if is_activation(name):
+                for place in regions(s, mask.shape[1:]):
+                    mask[0][place] = mask[0][place].any()
+            elif isinstance(s.get("granularity"), list):
                 for tile in tiles(s, mask, ""):
                     mask[tile] = mask[tile].any()
             masks[name] &= mask
