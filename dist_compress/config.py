@@ -117,6 +117,16 @@ class LatencyConfig:
 
 
 @dataclass
+class SearchConfig:
+    evaluations: int = 0  # of candidates, the uniform one included; 0: global groups rank their units instead
+    samples: int = 512  # of the training data, on which a candidate is measured
+    objective: str = "loss"  # or a metric of the task, of which more is better
+    start_temperature: float = 0.1  # relative change of the objective that is shrugged off at the start
+    end_temperature: float = 0.001
+    perturbation: float = 0.5  # of the logarithm of a ratio, at the start
+
+
+@dataclass
 class PruningConfig:
     method: str | None = None  # a file of pruning/methods, or a dotted path; None: no pruning
     options: dict[str, Any] = field(default_factory=dict)
@@ -125,6 +135,7 @@ class PruningConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     compute: str = "channels"  # channels | params | macs | latency: the currency of a global group
     latency: LatencyConfig = field(default_factory=LatencyConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)  # for the ratio of each set in a global group
     config_list: list[dict[str, Any]] = field(default_factory=list)
     default_settings: dict[str, Any] = field(default_factory=dict)  # {module type: {target: {key: value}}}
     stages: list[dict[str, Any]] = field(default_factory=list)  # reserved
@@ -248,6 +259,8 @@ _AT_LEAST: dict[str, float] = {
     "optim.final_lr": 0,
     "pruning.schedule.num_decisions": 1,
     "pruning.latency.batch_size": 1,
+    "pruning.search.evaluations": 0,
+    "pruning.search.samples": 1,
     "speedup.round_to": 1,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,
@@ -257,6 +270,7 @@ _ABOVE_ZERO = (
     "train.clip_norm", "optim.gamma", "backend.timeout_s", "speedup.tolerance", "distillation.temperature",
     "distillation.temperature_ramp.to", "distillation.translator_lr",
     "pruning.at_most.macs", "pruning.at_most.params", "pruning.at_most.latency_ms", "pruning.latency.time_s",
+    "pruning.search.start_temperature", "pruning.search.end_temperature", "pruning.search.perturbation",
 )  # fmt: skip
 _BELOW_ONE = ("pruning.sparse_ratio", "task.label_smoothing")  # and at least 0
 _CHOICES = {

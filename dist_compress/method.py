@@ -45,6 +45,8 @@ class Context:
     steps_per_epoch: float
     example: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # a call of the model, by which sites are found
     latencies: Latencies | None = None  # where something is asked in milliseconds
+    # Collective: the metrics of the model as it is now on so many samples of training data, the same on every rank.
+    evaluate: Callable[[int], dict[str, float]] | None = None
 
 
 class Method:

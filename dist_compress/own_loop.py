@@ -13,7 +13,7 @@ on the optimizer itself. The laws are those of a run: N ranks decide what one wo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ def attach(
     total_steps: int,
     steps_per_epoch: float | None = None,
     micro_batches: int = 1,
+    evaluate: Callable[[nn.Module], float] | None = None,
 ) -> Attached:
     """Attach the methods of `recipe` to a model in training. Collective: every rank calls it alike.
 
@@ -50,12 +51,14 @@ def attach(
     `recipe`: the name of a recipe of conf/recipe, a list of overrides such as ["+recipe=resnet_prune",
     "pruning.sparse_ratio=0.3"], or a mapping with the sections `pruning` and `speedup`; the rest of a configuration
     is your loop's. `args`, `kwargs`: an example of a call. `total_steps`: optimizer steps of the training to come;
-    `micro_batches`: backward passes of each rank before a step. Raises UserError for what does not fit.
+    `micro_batches`: backward passes of each rank before a step. `evaluate`: of the model, what `pruning.search`
+    minimises; the same number on every rank. Raises UserError for what does not fit.
     """
     config = _config(recipe)
     return Attached(
-        config, model, optimizer, (args, kwargs or {}), total_steps, steps_per_epoch or total_steps, micro_batches
-    )
+        config, model, optimizer, (args, kwargs or {}), total_steps, steps_per_epoch or total_steps, micro_batches,
+        evaluate,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Attached:
     def __init__(
         self, config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, example: tuple[Any, dict[str, Any]],
         total_steps: int, steps_per_epoch: float, micro_batches: int,
+        evaluate: Callable[[nn.Module], float] | None,
     ) -> None:  # fmt: skip
         kind = type(optimizer).__name__
         if kind in optim.REFUSED:
@@ -96,9 +100,11 @@ class Attached:
             raise UserError("attach: the recipe asks for nothing; set pruning.method and pruning.config_list.")
         coupling = comm.on_rank0(lambda: speedup.coupling(self.model, *self.example))
         num_micro = micro_batches * comm.world_size()
+        self.objective = evaluate
         context = Context(
-            config, self.model, self.projection, coupling, num_micro, total_steps, steps_per_epoch, self.example
-        )
+            config, self.model, self.projection, coupling, num_micro, total_steps, steps_per_epoch, self.example,
+            evaluate=self._evaluate if evaluate else None,
+        )  # fmt: skip
         for method in self.methods:
             method.attach(context)
         self.last = max(step + 1 for method in self.methods for step in method.change_steps())
@@ -155,6 +161,16 @@ class Attached:
             )
         after = sum(p.numel() for p in self.model.parameters())
         return self.model, Finished(plan.without(added), difference, (before, after), results)
+
+    @torch.no_grad()
+    def _evaluate(self, num_samples: int) -> dict[str, float]:
+        """What the user's function says of the model in eval mode; how many samples is up to it."""
+        assert self.objective is not None
+        training = self.model.training
+        try:
+            return {"loss": float(self.objective(self.model.eval()))}
+        finally:
+            self.model.train(training)
 
     def _when_backward_ends(self, grad: torch.Tensor) -> None:
         Variable._execution_engine.queue_callback(self._heard)

@@ -32,6 +32,7 @@ from dist_compress.speedup.masking import duplicate
 from dist_compress.target import Coupling
 from dist_compress.training import checkpoint, data, determinism, task
 from dist_compress.training.batchnorm import use_sync_batchnorm
+from dist_compress.training.data.split import Sample
 from dist_compress.training.loop import Trainer
 from dist_compress.training.schedule import run_length
 
@@ -136,9 +137,14 @@ class Job:
             self.config, self.model, self.projection, self.coupling,
             length.num_micro, length.total_steps, length.steps_per_epoch, self.example,
             cost_file.latencies(self.config, self.model, self.example, self.run_dir, resumed),
+            self.calibrate,
         )  # fmt: skip
         for method in self.methods:
             method.attach(context)
+
+    def calibrate(self, num_samples: int) -> dict[str, float]:
+        """Metrics of the model as it is now on so many training samples, drawn by the seed, without augmentation."""
+        return self.trainer.evaluate(Sample(self.data.train, num_samples, self.config.seed))
 
     def settings(self) -> dict[str, Any]:
         """What coupling and plan have to agree on. Local."""

@@ -264,3 +264,58 @@ def test_load_gives_the_delivered_model(ranks: Any, tmp_path: Path) -> None:
     assert weights_fingerprint(model) == summary["fingerprint/weights"]
     assert sum(p.numel() for p in model.parameters()) == summary["params/after"]
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
+SEARCH = ("pruning.method=l1_norm", "pruning.search.evaluations=6", "pruning.search.samples=70")
+SPARSE = (
+    "pruning.config_list=[{op_names_re: ['layer1.*conv'], method: rigl, options: {every: 2, until: 1.0}},"
+    "{op_names_re: ['layer2.*conv'], method: sr_ste}]",
+    "speedup.enabled=false",
+)
+
+
+def killed_while_it_searches(run_dir: str, *overrides: str) -> None:
+    """A run that ends in the middle of its fourth measurement."""
+    from dist_compress import run
+
+    original, count = run.Job.calibrate, [0]
+
+    def dying(self: Any, num_samples: int) -> dict[str, float]:
+        count[0] += 1
+        if count[0] == 4:
+            raise Killed
+        return original(self, num_samples)
+
+    run.Job.calibrate = dying
+    try:
+        whole_run(run_dir, *overrides)
+    except Killed:
+        pass
+    finally:
+        run.Job.calibrate = original
+
+
+def found(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "facts.json").read_text())["methods"]["search"]
+
+
+def test_a_search_finds_the_same_on_any_number_of_ranks_also_when_killed(ranks: Any, tmp_path: Path) -> None:
+    one, other, often = tmp_path / "one", tmp_path / "other", "checkpoint.every_steps=3"
+    summary = ranks(1, whole_run, str(one), *SEARCH)[0]
+    ranks(2, killed_while_it_searches, str(other), often, *SEARCH)
+    assert not (other / "summary.json").exists() and any((other / "checkpoints").iterdir())
+    again = ranks(3, whole_run, str(other), often, *SEARCH)[0]
+    assert fingerprints(again) == fingerprints(summary)
+    assert found(other) == found(one) and len(found(one)["history"]) == 6
+    assert len(set(found(one)["ratios"].values())) > 1  # not the uniform ratio
+
+
+def test_sparse_training_has_equal_bits_on_any_number_of_ranks_also_when_killed(ranks: Any, tmp_path: Path) -> None:
+    one, other, often = tmp_path / "one", tmp_path / "other", "checkpoint.every_steps=2"
+    summary = ranks(1, whole_run, str(one), *SPARSE)[0]
+    assert [d["step"] for d in summary["decisions"]] == [4, 6, 8, 10, STEPS]
+    ranks(2, killed_run, str(other), 9, often, *SPARSE)
+    again = ranks(3, whole_run, str(other), often, *SPARSE)[0]
+    assert "fingerprint/plan" not in summary  # nothing is shrunk
+    for name in ("decisions", "fingerprint/weights", "accuracy/before", "loss/masked", "loss/after"):
+        assert again[name] == summary[name], name

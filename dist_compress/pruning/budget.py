@@ -24,7 +24,7 @@ from dist_compress.pruning import costs
 from dist_compress.pruning.checks import has_limit
 from dist_compress.pruning.costs import Cost
 from dist_compress.pruning.setting import AT_MOST, Setting
-from dist_compress.pruning.sparsity import Ranked, count_bounds, share
+from dist_compress.pruning.sparsity import Ranked, by_share, count_bounds, share
 from dist_compress.pruning.units import UnitSet
 from dist_compress.target import Coupling, Latencies
 
@@ -87,18 +87,26 @@ class Budget:
         ]
 
     def spend(
-        self, scores: Sequence[torch.Tensor], removed: Sequence[torch.Tensor], bases: Sequence[int], fraction: float
+        self,
+        scores: Sequence[torch.Tensor],
+        removed: Sequence[torch.Tensor],
+        bases: Sequence[int],
+        fraction: float,
+        weights: Sequence[float] | None = None,
     ) -> list[np.ndarray]:
         """For each set bool [num_units]: what is removed after this decision, old and new.
 
         `scores`: float32 [num_units] of each set. `removed`: bool, by earlier decisions, and by this one in sets that
-        are not free. `bases`: global index of the first unit. One limit after the other, where it does not hold yet.
+        are not free. `bases`: global index of the first unit. `weights` of the sets: they share in proportion to these,
+        whatever the scores of the one are to those of another. One limit after the other, where it does not hold yet.
         """
         gone = [r.numpy() for r in removed]
         wanted = dict(zip((c.unit for c in self.currencies), self.wanted(fraction, gone), strict=True))
         for c in self.in_order():
             now = [torch.from_numpy(g) for g in gone]
             ranked = [Ranked.of(*item) for item in zip(self.weighed(c, scores), now, bases, strict=True)]
+            if weights is not None:
+                ranked = [by_share(units, weight) for units, weight in zip(ranked, weights, strict=True)]
             gone = self.take(c, ranked, wanted[c.unit], fraction, gone)
         return gone
 

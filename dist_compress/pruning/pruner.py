@@ -9,7 +9,7 @@ removed stays removed, unless the method says otherwise: then it may decide agai
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,13 +30,13 @@ from dist_compress.pruning.distribution import distribute
 from dist_compress.pruning.elements import GRAD, Elements
 from dist_compress.pruning.evidence import Evidence, Found, local_view, view
 from dist_compress.pruning.listener import Listener
-from dist_compress.pruning.metric import Metric
 from dist_compress.pruning.running import Running
 from dist_compress.pruning.schedule import decisions, due
 from dist_compress.pruning.scorers import scorers_of
+from dist_compress.pruning.search import Search
 from dist_compress.pruning.setting import AT_MOST
 from dist_compress.pruning.solving import solve
-from dist_compress.pruning.sparsity import Ranked, decide_alone
+from dist_compress.pruning.unit_decision import UnitDecision
 from dist_compress.pruning.unit_listeners import heard_together, unit_listeners
 from dist_compress.pruning.units import collect
 from dist_compress.sites import Sites
@@ -82,6 +82,8 @@ class Pruner(Method):
         self.budgets = budgets(self.sets, self.settings, context)
         for group in self.budgets.values():
             group.wanted(1.0)
+        sizes = {gid: len(group.sets) for gid, group in self.budgets.items()}
+        self.search = Search(self.config.search, context.config.seed, sizes, context.evaluate)
         self.tensors = Tensors(context.projection, self.activations.targets)
         check_aligned(self.tensors, self.settings, self._masked())
         driven = [s for s in self.settings if not s.align and (s.activation or self.scorers[s.name].data_driven)]
@@ -113,10 +115,6 @@ class Pruner(Method):
             self.elements.place(projection.layout)
             self.evidence = Evidence(projection, self.sets, self.elements, self.scorers)
         return self.evidence
-
-    def _members(self, gid: str) -> list[int]:
-        """Numbers of the sets that a budget is about."""
-        return [i for i, s in enumerate(self.sets) if gid in (AT_MOST, s.setting.global_group_id)]
 
     def change_steps(self) -> list[int]:
         return [t - 1 for t in self.due]
@@ -156,7 +154,7 @@ class Pruner(Method):
         evidence = self._placed()
         found = evidence.gather(self.due[t])
         if any(s.targets[0] in self.due[t] for s in self.sets):
-            self._decide_units(fraction, self.due[t], self._unit_scores(evidence, found))
+            self._decide_units(t, fraction, self._unit_scores(evidence, found))
         heard = evidence.rows(found, GRAD) | self.block_data.heard(self.due[t]) | self.running.heard(self.due[t])
         latent = self.context.projection.latent
         self.elements.decide(t, fraction, self.due[t], latent, evidence.rows(found), heard)
@@ -171,24 +169,24 @@ class Pruner(Method):
             self.history.pop()  # of the decisions beside the schedule the last one is told
         self.history.append((t, self.sparse_ratio(), mark))
 
-    def _decide_units(self, fraction: float, due: Mapping[str, Metric], scores: list[torch.Tensor]) -> None:
-        bases = [0]
-        for s in self.sets:
-            bases.append(bases[-1] + s.num_units)
-        anew = [not self.scorers[s.targets[0]].stays_removed for s in self.sets]
-        stay = [torch.zeros_like(gone) if new else gone for new, gone in zip(anew, self.removed, strict=True)]
-        ranked = [Ranked.of(*item) for item in zip(scores, stay, bases, strict=False)]
-        for i, (s, units) in enumerate(zip(self.sets, ranked, strict=True)):
-            if s.setting.global_group_id is None and s.targets[0] in due:
-                self.removed[i] = torch.from_numpy(decide_alone(s, units, scores[i], fraction))
-        for gid, group in self.budgets.items():
-            if not any(free and s.targets[0] in due for s, free in zip(group.sets, group.free, strict=True)):
-                continue
-            members = self._members(gid)
-            gone = [stay[i] if free else self.removed[i] for i, free in zip(members, group.free, strict=True)]
-            own = ([scores[i] for i in members], gone, [bases[i] for i in members])
-            for i, removed in zip(members, group.spend(*own, fraction), strict=True):
-                self.removed[i] = torch.from_numpy(removed)
+    def _decide_units(self, t: int, fraction: float, scores: list[torch.Tensor]) -> None:
+        decision = UnitDecision(self.sets, self.budgets, self.scorers, self.due[t], scores, self.removed)
+        decision.alone(fraction)
+        if self.search.pending:
+            self.search.run(lambda weights: self._measure(t, lambda: decision.shared(1.0, weights)))
+        decision.shared(fraction, self.search.found)
+
+    def _measure(self, t: int, spend: Callable[[], None]) -> float:
+        """The objective of the model as `spend` leaves it, which is undone afterwards. Collective."""
+        before, projection = list(self.removed), self.context.projection
+        spend()
+        self._put_on(t)
+        projection.project()
+        value = self.search.objective()
+        projection.restore()
+        self.removed[:] = before
+        comm.check_equal("the objective of the search", value.hex(), t)
+        return value
 
     def _unit_scores(self, evidence: Evidence, found: Found) -> list[torch.Tensor]:
         """float32 [num_units] of each set, on the CPU, the same on every rank. Collective."""
@@ -311,6 +309,7 @@ class Pruner(Method):
             "groups": results.groups(self.sets, self.removed, self.budgets, self.elements),
             "limits": results.limits(self.removed, self.budgets.get(AT_MOST)),
             "overrides": overrides(self.settings),
+            "search": self.search.results(self.sets, self.removed),
             "asked_but_kept": results.asked_but_kept(self.kept, self.settings, self.sets, self.removed),
         }
 
@@ -328,6 +327,7 @@ class Pruner(Method):
             "elements": self.elements.placed.state_dict(),
             "statistics": {heard: x.statistic.state_dict() for heard, x in self.listeners.items()},
             "running": self.running.state_dict(),
+            "search": self.search.state(),
             "history": history,
         }
 
@@ -353,6 +353,7 @@ class Pruner(Method):
         self._placed()
         self.elements.placed.load_state_dict(elements)
         self.running.load_state_dict(state["running"])
+        self.search.load_state(state["search"])
         for heard, listener in self.listeners.items():
             listener.statistic.load_state_dict(state["statistics"][heard])
             listener.awake = True

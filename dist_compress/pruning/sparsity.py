@@ -7,13 +7,13 @@ them. Ascending order: (score bits, hash of the global index, global index), as 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
 import torch
 
-from dist_compress.pruning.select import score_key, tie_key
+from dist_compress.pruning.select import KEPT, score_key, tie_key
 from dist_compress.pruning.setting import Setting
 from dist_compress.pruning.units import UnitSet
 
@@ -69,6 +69,15 @@ class Ranked:
         for part in range(num_parts):
             out[order[order // size == part][:count]] = True
         return out
+
+
+def by_share(units: Ranked, weight: float) -> Ranked:
+    """The units of one set with keys that put those of several in one order: the k-th least important of n has k / n /
+    weight. What must stay (+inf) still must."""
+    share = np.empty(len(units.key))
+    share[units.order()] = np.arange(1, len(share) + 1) / len(share) / weight
+    share = np.where(units.removed, -np.inf, np.where(units.key >= KEPT, np.inf, share))
+    return replace(units, key=score_key(torch.from_numpy(share).float()).numpy())
 
 
 def decide_alone(units: UnitSet, ranked: Ranked, scores: torch.Tensor, fraction: float) -> np.ndarray:

@@ -24,7 +24,7 @@ from dist_compress.method import Method
 from dist_compress.projection import Projection
 from dist_compress.training import checkpoint, determinism, optim
 from dist_compress.training.batchnorm import BatchNormTracker
-from dist_compress.training.data import Data
+from dist_compress.training.data import Data, Split
 from dist_compress.training.data.stream import Feed, Stream
 from dist_compress.training.evaluation import as_row, autocast, evaluate
 from dist_compress.training.schedule import LearningRate, run_length
@@ -159,11 +159,11 @@ class Trainer:
             series.update(method.metrics())
         self.reporter.log(self.step, series)
 
-    def evaluate(self, split: str = "eval") -> dict[str, float]:
-        """{"loss": .., "accuracy": ..} of the compressed weights, each sample exactly once."""
+    def evaluate(self, split: Split | None = None) -> dict[str, float]:
+        """{"loss": .., "accuracy": ..} of the compressed weights, each sample of a split exactly once."""
         self.projection.project()
         size = self.config.train.eval_batch_size or self.config.train.micro_batch_size
-        return evaluate(self.module, getattr(self.data, split), self.task, size, self.config.train.precision)
+        return evaluate(self.module, split or self.data.eval, self.task, size, self.config.train.precision)
 
     def state(self) -> dict[str, Any]:
         """All that a run resumes from, the same on every rank: the latent weights, moments, methods and the

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import torch
 
 from dist_compress.config import DataConfig
-from dist_compress.hashing import mix
+from dist_compress.hashing import mix, seed_of
 from dist_compress.training.data import augment
 
 MAX_AHEAD = 4  # batches
+_SAMPLE = 0x5A3  # purpose of the seed
 _AUGMENTATION = 0xA06  # purpose: keeps these hashes apart from those of other uses of the seed
 
 
@@ -95,6 +96,22 @@ class MemorySplit:
             else:
                 images = augment.pad_crop(images, hashes, flip=kind == "pad_crop_flip")
         return {"inputs": self.transform.normalise(images), "targets": self.targets[where], "ids": where}
+
+
+class Sample:
+    """Some samples of another split, drawn by the seed, in a fixed order."""
+
+    def __init__(self, split: Split, num_samples: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed_of(seed, _SAMPLE))
+        self.split, self.num_classes = split, split.num_classes
+        self.ids = torch.randperm(split.num_samples, generator=generator)[:num_samples]
+        self.num_samples = len(self.ids)
+
+    def prefetch(self, ids: torch.Tensor, epoch: torch.Tensor | int | None) -> None:
+        prefetch(self.split, self.ids[ids], epoch)
+
+    def batch(self, ids: torch.Tensor, epoch: torch.Tensor | int | None) -> dict[str, Any]:
+        return self.split.batch(self.ids[ids], epoch)
 
 
 Decode = Callable[[int, "tuple[float, float, float, float] | None"], torch.Tensor]
