@@ -6,7 +6,7 @@ One optimizer step, on every rank:
         forward, task loss + sum of method.loss, backward
         method.after_backward(step, micro)        only for live micro-batches; local, no collective
     gradients are reduced
-    method.before_step(step)                      gradient rules, before clipping; same on every rank
+    method.before_step(step)                      gradient rules, before clipping; collective: called on every rank
     clip, latent weights back, optimizer step
     method.after_step(step)                       decisions; collective: called on every rank
     project the weights

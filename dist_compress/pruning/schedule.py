@@ -102,7 +102,7 @@ def _leave_a_step(plan: dict[int, float], schedule: ScheduleConfig, total_steps:
     if total_steps == 0 or not any(re.search("[1-9]", str(value)) for value in given):
         raise UserError(
             f"{_KEY}.start={schedule.start}: the first decision would come before the first optimizer step, but "
-            f"{method} scores by gradients. Leave it at least one step, e.g. {_KEY}.start=1steps (and end no earlier)."
+            f"{method} scores by data. Leave it at least one step, e.g. {_KEY}.start=1steps (and end no earlier)."
         )
     fraction = plan.pop(0)
     return dict(sorted({1: fraction, **plan}.items()))
