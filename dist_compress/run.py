@@ -111,6 +111,11 @@ class Job:
     def teacher_model(self) -> nn.Module:
         """The network that a student learns from, with its weights, the same on every rank. Local."""
         wanted = self.config.distillation.teacher.model
+        if wanted.weights is None and wanted.target is None and wanted.source != "hf":
+            raise UserError(
+                "distillation.teacher.model.weights is not set: a teacher with random weights teaches noise. Give a "
+                "file of weights, such as model.safetensors of another run."
+            )
         try:
             model = models.build(wanted, self.data.num_classes, self.config.seed)
         except UserError as error:
@@ -269,6 +274,8 @@ class Job:
         self.outcome.after(self.model, metrics)
         self.projection.finish()
         stored = distillation.write_store(self.config, self.model, self.data.train, self.augmentation)
+        for name, number in stored.items():
+            self.reporter.event(f"{name} {number:,}", self.trainer.step)
 
         def ship() -> None:
             for name in self.config.export:

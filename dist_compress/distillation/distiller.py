@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from dist_compress import comm
-from dist_compress.config import Config, DistillationConfig
+from dist_compress.config import Config
 from dist_compress.config_list import overrides
 from dist_compress.distillation.layerwise import LOST, LayerTerm, matching
 from dist_compress.distillation.ramp import Ramp
 from dist_compress.distillation.stored import StoreTeacher
-from dist_compress.distillation.targets import DISTILLATION, resolve
+from dist_compress.distillation.targets import DISTILLATION, resolve, wanted
 from dist_compress.distillation.teacher import OnlineTeacher, Teacher
 from dist_compress.distillation.term import Moment, Term, options_of, term_class
 from dist_compress.distillation.translators import Translators
@@ -41,11 +41,6 @@ def build(config: Config, split: Any, teacher_model: Callable[[], nn.Module]) ->
     if config.distillation.teacher.mode == "store":
         return [Distiller(config, StoreTeacher(config, split))]
     return [Distiller(config, OnlineTeacher(teacher_model(), config.distillation.teacher.precision))]
-
-
-def wanted(config: DistillationConfig) -> bool:
-    """Whether the section asks for a method anywhere. Local."""
-    return config.method is not None or bool(config.config_list)
 
 
 class Distiller(Method):

@@ -17,6 +17,7 @@ from dist_compress.config import Config, DataConfig
 from dist_compress.distillation.encoding import Bytes, Encoding
 from dist_compress.distillation.losses import TopK
 from dist_compress.distillation.store import Manifest, Origin, Store, read_manifest, write
+from dist_compress.distillation.targets import wanted
 from dist_compress.errors import UserError
 from dist_compress.fingerprint import weights_fingerprint
 
@@ -70,7 +71,7 @@ class StoreTeacher:
 def stored_views(config: Config) -> tuple[int, int] | None:
     """(seed of the augmentation, number of views) of a stored teacher, which the student's data have to repeat; None
     without one. Collective. Raises UserError."""
-    if config.distillation.teacher.mode != "store":
+    if not wanted(config.distillation) or config.distillation.teacher.mode != "store":
         return None
     folder = _folder(config)
     manifest = comm.on_rank0(lambda: read_manifest(folder))
@@ -80,8 +81,8 @@ def stored_views(config: Config) -> tuple[int, int] | None:
 def write_store(config: Config, model: nn.Module, split: Any, seed: int) -> dict[str, float]:
     """Do what `distillation.store` says: the answers of `model` to every training sample. Collective. `seed`: of the
     augmentation of `split`. Returns what to report, {} if no store is asked for. Raises UserError."""
-    wanted = config.distillation.store
-    if wanted.write is None:
+    asked = config.distillation.store
+    if asked.write is None:
         return {}
 
     @torch.no_grad()
@@ -93,11 +94,11 @@ def write_store(config: Config, model: nn.Module, split: Any, seed: int) -> dict
     model.eval()
     try:
         num_classes = answers(torch.tensor([0]), 0)[0].shape[1]
-        encoding = Encoding.choose(wanted.encoding, num_classes, wanted.k, tuple(wanted.temperatures))
+        encoding = Encoding.choose(asked.encoding, num_classes, asked.k, tuple(asked.temperatures))
         teacher = f"{type(model).__name__} {weights_fingerprint(model)}"
-        origin = _origin(config.data, split, wanted.views, seed, teacher)
+        origin = _origin(config.data, split, asked.views, seed, teacher)
         size = config.train.eval_batch_size or config.train.micro_batch_size
-        samples, num_bytes = write(Path(wanted.write).expanduser(), Manifest(encoding, origin, size), answers)
+        samples, num_bytes = write(Path(asked.write).expanduser(), Manifest(encoding, origin, size), answers)
     finally:
         model.train(training)
     return {"teacher_store/samples": samples, "teacher_store/bytes": num_bytes}

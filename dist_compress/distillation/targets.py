@@ -74,6 +74,11 @@ class _Distillation(Noun[Setting]):
 DISTILLATION = _Distillation()
 
 
+def wanted(config: DistillationConfig) -> bool:
+    """Whether the section asks for a method anywhere. Local."""
+    return config.method is not None or bool(config.config_list)
+
+
 def resolve(config: DistillationConfig, model: nn.Module, sites: Sites) -> list[Setting]:
     """The targets in model order. Local, the same on every rank. Raises UserError."""
     settings = in_model_order(merge(DISTILLATION, config.config_list, {}, model, sites), model)

@@ -70,16 +70,18 @@ def online(run_dir: str, seed: int, *overrides: str) -> dict[str, Any]:
     from dist_compress import models
     from dist_compress.training import data
 
-    build, load = models.build, data.build
+    build, load, weights = models.build, data.build, models.load_weights
 
     def another(config: Any, num_classes: int, own: int) -> Any:
         return build(config, num_classes, 9 if config.kwargs == {"in_channels": 3} else own)
 
     models.build, data.build = another, lambda config, own, views=None: load(config, 9, 2)
+    models.load_weights = lambda *args: None  # they are those of the seed
+    keys = ["distillation.teacher.mode=online", "distillation.teacher.model.weights=given"]
     try:
-        return run(run_dir, *LEARN, f"seed={seed}", "distillation.teacher.mode=online", *overrides)
+        return run(run_dir, *LEARN, f"seed={seed}", *keys, *overrides)
     finally:
-        models.build, data.build = build, load
+        models.build, data.build, models.load_weights = build, load, weights
 
 
 def test_learning_from_a_store_is_learning_from_its_teacher(ranks, tmp_path, stores):

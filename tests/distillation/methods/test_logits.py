@@ -31,6 +31,7 @@ QUICK = [
     "distillation.weight=0.5",
     "distillation.temperature=3.0",
     "distillation.temperature_ramp.to=1.0",
+    "distillation.teacher.model.weights=given",
     "export=[]",
 ]
 
@@ -71,7 +72,7 @@ def compose(run_dir: str, *overrides: str) -> Any:
 
 @contextmanager
 def own_nets(classes: int = 10) -> Iterator[None]:
-    """`models.build` makes the two nets of this file."""
+    """`models.build` makes the two nets of this file; weights of a file "given" are those they have."""
     from dist_compress import models, outcome
 
     def build(config: Any, num_classes: int, seed: int) -> nn.Module:
@@ -79,11 +80,16 @@ def own_nets(classes: int = 10) -> Iterator[None]:
         torch.manual_seed(seed + teacher)
         return TeacherNet(classes) if teacher else Student()
 
-    kept, models.build, outcome.LATENCY_S = models.build, build, 0.05
+    def load(model: nn.Module, path: str, key: str) -> None:
+        if path != "given":
+            kept[1](model, path, key)
+
+    kept = models.build, models.load_weights
+    models.build, models.load_weights, outcome.LATENCY_S = build, load, 0.05
     try:
         yield
     finally:
-        models.build = kept
+        models.build, models.load_weights = kept
 
 
 def whole_run(run_dir: str, *overrides: str) -> dict[str, Any]:
@@ -189,6 +195,7 @@ def refused(run_dir: str, classes: int, *overrides: str) -> str:
         (10, "+distillation.options.gamma=1", "distillation.options.gamma: no such key"),
         (10, "distillation.method=telepathy", "distillation.method='telepathy': no such method. Available: "),
         (10, "distillation.teacher.model.weights=nowhere.pt", "distillation.teacher.model.weights='nowhere.pt'"),
+        (10, "distillation.teacher.model.weights=null", "a teacher with random weights teaches noise"),
         (10, "distillation.temperature_ramp.start=2.0", "distillation.temperature_ramp.start=2.0 is no duration"),
     ],
 )
