@@ -86,19 +86,21 @@ def lap(seconds: dict[str, float], phase: str, work: Callable[[], Any]) -> Any:
 def smallest_half(model: nn.Module, coupling: Any, pattern: str) -> dict[str, torch.Tensor]:
     """{parameter fqn: mask}: half of the units of each group, the smallest by L1 over their producers."""
     masks: dict[str, torch.Tensor] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for group in coupling.groups:
         if group.blocked or pattern not in f".{group.name}." or group.num_units < 2:
             continue
         score = torch.zeros(group.num_units)
         for member in group.members:
             if member.role == "producer":
-                weight = model.get_parameter(member.fqn).detach()
-                each = weight.abs().movedim(member.dim, 0).reshape(weight.size(member.dim), -1).sum(1)
+                weight = parameters[member.fqn].detach()
+                others = [d for d in range(weight.dim()) if d != member.dim]
+                each = torch.linalg.vector_norm(weight, 1, others) if others else weight.abs()
                 score += each[member.index].sum(1)
         gone = score.argsort()[: group.num_units // 2]
         for member in group.members:
             if member.role != "consumer":
-                shape = model.get_parameter(member.fqn).shape
+                shape = parameters[member.fqn].shape
                 mask = masks.get(member.fqn, torch.ones(shape[member.dim], dtype=torch.bool))
                 mask.flatten()[member.index[gone].flatten()] = False
                 masks[member.fqn] = mask.view([-1 if d == member.dim else 1 for d in range(len(shape))])

@@ -17,6 +17,7 @@ from dist_compress.speedup.modules import exchange, replacement_of
 from dist_compress.speedup.plan import Plan
 from dist_compress.speedup.resize import apply_rules, check_rules
 from dist_compress.tracing.unwrap import unwrapped
+from dist_compress.tracing.walk import modules_of
 
 Modules = Mapping[str, nn.Module]  # by all their names
 
@@ -29,7 +30,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     before; the model is then as it was. Of what torch.compile or DDP wrapped, the module inside is returned.
     """
     model = unwrapped(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_of(model)
     owners = {fqn: _owner(modules, fqn) for fqn in plan.keep}
     old = {fqn: _tensor(fqn, *owners[fqn]) for fqn in plan.keep}
     for fqn, tensor in old.items():
@@ -39,7 +40,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     swaps = [(_module(modules, fqn), swap) for fqn, swap in plan.swaps.items()]
     for _, swap in swaps:
         replacement_of(swap)
-    check_rules(model, plan, _slice)
+    check_rules(modules, plan, _slice)
     config = _config(model, plan)
     graphs = programs(model, plan)
     new: dict[int, torch.Tensor] = {}
@@ -48,17 +49,17 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
             new[id(old[fqn])] = _replacement(old[fqn], _slice(old[fqn].detach(), dims))
     # Everything is checked and made: from here on nothing fails.
     for fqn, (owner, name) in owners.items():
-        setattr(owner, name, new[id(old[fqn])])
+        _set(owner, name, new[id(old[fqn])])
     for fqn, bias in biases.items():
         owner, name = _owner(modules, fqn)
         setattr(owner, name, bias)
     for owner, name, value in numbers:
-        setattr(owner, name, value)
+        _set(owner, name, value)
     for module, swap in swaps:
         exchange(module, swap)
     for name, value in plan.config.items():
         set_field(config, name, value)
-    apply_rules(model, plan)
+    apply_rules(modules, plan)
     install(model, plan, graphs)
     return model
 
@@ -89,6 +90,15 @@ def _module(modules: Modules, fqn: str) -> nn.Module:
     if fqn not in modules:
         raise _mismatch(fqn, "does not exist here")
     return modules[fqn]
+
+
+def _set(owner: nn.Module, name: str, value: object) -> None:
+    """`setattr`, without the search of `nn.Module` for what the name may be where that is known."""
+    places = [place for place in (vars(owner), owner._parameters, owner._buffers) if name in place]
+    if len(places) == 1 and type(owner).__setattr__ is nn.Module.__setattr__:
+        places[0][name] = value
+    else:
+        setattr(owner, name, value)
 
 
 def _tensor(fqn: str, owner: nn.Module, name: str) -> torch.Tensor:

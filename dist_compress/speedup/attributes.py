@@ -15,6 +15,7 @@ from dist_compress.speedup.rules import rule_of
 from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import Ref
 from dist_compress.tracing.attribute_uses import Use
+from dist_compress.tracing.walk import modules_of
 
 # Per module type: which integer is the size of which dim of the weight.
 _SIZES: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
@@ -36,8 +37,9 @@ def attributes(s: Structure, keep: Keep, model: nn.Module, uses: Callable[[], li
 
     uses(): what the integers of users' modules were used for in the run behind `s`, None where that is not known.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_of(model)
     found: dict[str, int] = {}
+    counts = keep.counts()
     made_by = makers(s.trace)
     weights = {c.b: behind(s.trace, made_by, c.b)[0] or c.b for c in s.contractions if c.groups is not None}
     groups = {weights[c.b].id: c.groups for c in s.contractions if c.groups is not None}
@@ -49,18 +51,18 @@ def attributes(s: Structure, keep: Keep, model: nn.Module, uses: Callable[[], li
             if (name, info.kind) not in (("weight", "param"), ("running_mean", "buffer")):
                 continue
             module = modules[owner]
-            sizes = [int(keep.kept[var].sum()) for var in s.dims(Ref(key))]
+            sizes = [counts[var] for var in s.dims(Ref(key))]
             new = {}
             if isinstance(module, nn.modules.conv._ConvNd):
                 group = groups.get(key, by_module.get(owner))
-                num_groups = module.groups if group is None else int(keep.kept[group].sum())
+                num_groups = module.groups if group is None else counts[group]
                 new = _convolution(module, sizes, num_groups)
             for kind, names in _SIZES:
                 if isinstance(module, kind):
                     new = {attr: sizes[dim] for attr, dim in names.items()}
             if isinstance(module, nn.GroupNorm):
-                new["num_groups"] = int(keep.kept[s.whole_groups[key]].sum())
-            found |= {f"{owner}.{attr}".lstrip("."): n for attr, n in new.items() if getattr(module, attr) != n}
+                new["num_groups"] = counts[s.whole_groups[key]]
+            found.update((f"{owner}.{attr}".lstrip("."), n) for attr, n in new.items() if getattr(module, attr) != n)
     return found | recurrent_sizes(s, keep, modules) | _bare_norms(s, keep, modules) | _of_users(s, keep, modules, uses)
 
 
@@ -74,9 +76,9 @@ def _bare_norms(s: Structure, keep: Keep, modules: dict[str, nn.Module]) -> dict
         bare = isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) and not module.state_dict()
         if not bare or len(refs) != 1 or refs[0].id not in known or s.trace.info(refs[0]).shape[1] != channels:
             continue
-        kept = int(keep.kept[s.dims(refs[0])[1]].sum())
+        kept = keep.counts()[s.dims(refs[0])[1]]
         if isinstance(module, nn.GroupNorm) and refs[0].id in s.whole_groups:
-            groups = int(keep.kept[s.whole_groups[refs[0].id]].sum())
+            groups = keep.counts()[s.whole_groups[refs[0].id]]
             new = {"num_channels": kept, "num_groups": groups}
         else:
             new = {"num_features": kept}
@@ -95,8 +97,7 @@ def _of_users(
     s: Structure, keep: Keep, modules: dict[str, nn.Module], uses: Callable[[], list[Use] | None]
 ) -> dict[str, int]:
     """What a size was used for says what it becomes; numbers of heads that nothing uses go by their values."""
-    shrunk = {var for var, kept in keep.kept.items() if not bool(kept.all())}
-    known = set(s.known())
+    shrunk, known = keep.shrunk(), set(s.known())
     touched = {
         op.module
         for op in s.trace.tape
@@ -154,7 +155,7 @@ def _head_counts(s: Structure, keep: Keep, modules: dict[str, nn.Module]) -> dic
                     for d in dims:
                         var = s.dims(ref)[d]
                         place = "alone" if len(dims) == 1 else "inner" if d == dims[-1] else "outer"
-                        changes.setdefault((op.module, s.sizes[var], place), set()).add(int(keep.kept[var].sum()))
+                        changes.setdefault((op.module, s.sizes[var], place), set()).add(keep.counts()[var])
     found = {}
     for (owner, size, _), new in changes.items():
         if new == {size} or not _is_users(modules[owner]):

@@ -12,7 +12,7 @@ from torch import nn
 
 from dist_compress.errors import UserError
 from dist_compress.speedup import custom
-from dist_compress.speedup.keep import build
+from dist_compress.speedup.constraints import build
 from dist_compress.speedup.masking import masked
 from dist_compress.speedup.norms import norm_leaves
 from dist_compress.speedup.settings import Settings
@@ -37,7 +37,17 @@ class Capture:
     @cached_property
     def trace(self) -> Trace:
         """The tape of one run."""
-        return self._trace(self.model)
+        return self._trace(self.model, sizes=True)
+
+    @cached_property
+    def holds_no_size(self) -> bool:
+        """Whether nothing but torch's own layers, which follow their weights, could know a size of a tensor."""
+        if self.trace.reads_sizes:
+            return False
+        grouped = (op for op in self.trace.tape if op.name == "convolution" and op.arg("groups") != 1)
+        modules = {type(self.model.get_submodule(op.module)).__module__ for op in grouped}
+        leaves = any(isinstance(op.target, ModuleCall) for op in self.trace.tape)
+        return not leaves and modules <= {"torch.nn.modules.conv"}
 
     @cached_property
     def structure(self) -> Structure:
@@ -69,10 +79,10 @@ class Capture:
             return None
         return uses if _same_program(again, self.trace) else None
 
-    def _trace(self, model: nn.Module, values: bool = False) -> Trace:
+    def _trace(self, model: nn.Module, values: bool = False, sizes: bool = False) -> Trace:
         norms = norm_leaves(model) if self.settings.norm != "keep" else None
         leaves = custom.is_leaf if norms is None else lambda module: custom.is_leaf(module) or norms(module)
-        return trace(model, self.args, self.kwargs, values, leaves)
+        return trace(model, self.args, self.kwargs, values, leaves, sizes)
 
 
 class Reference:

@@ -134,6 +134,8 @@ class Convolution(Rule):
 
     def taint(self, op: Op, f) -> list[torch.Tensor]:
         x, w = op.inputs[0], op.inputs[1]
+        if f.masks is not None and len(op.inputs) == 2 and not f.dependent(w) and f.tainted(x) is f.nonzero(x):
+            return [f.nonzero(op.out)]  # the same elements
         return self._reached(op, f, [(f.tainted(x), f.nonzero(w)), (f.nonzero(x), f.tainted(w))], f.tainted)
 
     def nonzero(self, op: Op, f) -> list[torch.Tensor]:

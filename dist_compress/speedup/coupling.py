@@ -18,12 +18,13 @@ from dist_compress.speedup.capture import Capture, captured
 from dist_compress.speedup.masking import Masks, masked
 from dist_compress.speedup.origin import behind, makers
 from dist_compress.speedup.plan import Plan
-from dist_compress.speedup.planning import solve
+from dist_compress.speedup.planning import outline, solve
 from dist_compress.speedup.propagation import propagate
 from dist_compress.speedup.structure import Structure
 from dist_compress.speedup.units import groups_of
 from dist_compress.target import Coupling, LayerCost, Member, UnitGroup, module_of
 from dist_compress.tracing import ModuleCall, Ref, Trace
+from dist_compress.tracing.walk import modules_of, parameters_of
 
 Groups = list[tuple[UnitGroup, dict[int, torch.Tensor]]]
 
@@ -123,9 +124,11 @@ def _tried(given: Capture, groups: Groups, which: Iterable[int]) -> Groups:
 
 
 def _planned(given: Capture, masks: Masks) -> Plan:
-    """The plan for masks, without a run of the masked model where that is not needed."""
+    """The plan for masks, without a run of the masked model, nor of a shrunk one, where that is not needed."""
     s = given.structure
     facts = propagate(given.trace, masks, lambda: given.values_of(masked(given.model, masks)), stays=s.stays)
+    if given.holds_no_size:
+        return outline(s, facts, given.model)
     return solve(given, given.model, s, facts)
 
 
@@ -155,7 +158,7 @@ def _sizes_depend_on_values(trace: Trace) -> bool:
 def masks_of(model: nn.Module, chosen: list[tuple[UnitGroup, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """{parameter fqn: False at the slices of the units that are not only consumers}."""
     masks: dict[str, torch.Tensor] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = parameters_of(modules_of(model))
     for group, units in chosen:
         for member in group.members:
             if member.role != "consumer":

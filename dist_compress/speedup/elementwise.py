@@ -36,10 +36,8 @@ class Pointwise(Rule):
                 s.role(ref, d, self.role)
 
     def taint(self, op: Op, f) -> list[torch.Tensor]:
-        total = torch.tensor(False)
-        for ref in self.operands(op):
-            total = total | f.tainted(ref)
-        return [pad(total, rank(ref, f)) for ref in op.outputs]
+        parts = [f.tainted(ref) for ref in self.operands(op)]
+        return [sets.union(parts, rank(ref, f)) for ref in op.outputs]
 
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
         total = union(seen)
@@ -51,10 +49,8 @@ class Pointwise(Rule):
         sources = self._sources(op)
         if sources is None:
             return super().nonzero(op, f)
-        total = torch.tensor(False)
-        for ref in sources:
-            total = total | f.nonzero(ref)
-        return [pad(total, rank(ref, f)) for ref in op.outputs]
+        parts = [f.nonzero(ref) for ref in sources]
+        return [sets.union(parts, rank(ref, f)) for ref in op.outputs]
 
     def _sources(self, op: Op) -> tuple[Ref, ...] | None:
         """The operands whose common zeros are zeros of the result; None when f(0) is not 0."""
@@ -151,7 +147,7 @@ class Quotient(Pointwise):
             return super().taint(op, f)
         a, b = op.inputs
         total = f.tainted(a) | (f.nonzero(a) & f.tainted(b))
-        return [pad(total, rank(ref, f)) for ref in op.outputs]
+        return [sets.pad(total, rank(ref, f)) for ref in op.outputs]
 
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
         if len(op.inputs) != 2:
@@ -172,13 +168,13 @@ class Product(Pointwise):
             return super().taint(op, f)
         a, b = op.inputs
         total = (f.tainted(a) & f.nonzero(b)) | (f.nonzero(a) & f.tainted(b))
-        return [pad(total, rank(ref, f)) for ref in op.outputs]
+        return [sets.pad(total, rank(ref, f)) for ref in op.outputs]
 
     def nonzero(self, op: Op, f) -> list[torch.Tensor]:
         total = torch.tensor(True)
         for ref in op.inputs:
             total = total & f.nonzero(ref)
-        return [pad(total, rank(ref, f)) for ref in op.outputs]
+        return [sets.pad(total, rank(ref, f)) for ref in op.outputs]
 
     def live(self, op: Op, f, seen: Seen) -> Iterable[tuple[Ref, torch.Tensor]]:
         if len(op.inputs) != 2:
@@ -190,8 +186,17 @@ class Product(Pointwise):
 
 
 def keeps_zero(op: Op) -> bool:
-    """Whether f(0, ..., 0) is 0, found by running the op on scalars."""
+    """Whether f(0, ..., 0) is 0, found by running the op on scalars, once for all that do the same."""
+    key = (op.target, repr(map_tensors((op.args, op.kwargs), lambda ref: None)))
+    if key not in _known:
+        _known[key] = _keeps_zero(op)
+    return _known[key]
 
+
+_known: dict[tuple[object, str], bool] = {}
+
+
+def _keeps_zero(op: Op) -> bool:
     def zero(ref: Ref) -> torch.Tensor:
         return torch.zeros(())
 
@@ -201,7 +206,3 @@ def keeps_zero(op: Op) -> bool:
         return not any(bool(x.any()) for x in results)
     except Exception:  # an op that takes no scalars, or makes a tensor without values
         return False
-
-
-def pad(s: torch.Tensor, num_dims: int) -> torch.Tensor:
-    return s.reshape((1,) * (num_dims - s.dim()) + tuple(s.shape))

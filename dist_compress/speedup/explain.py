@@ -16,8 +16,8 @@ from torch import nn
 
 from dist_compress.speedup import sets
 from dist_compress.speedup.capture import Capture, captured
+from dist_compress.speedup.constraints import build
 from dist_compress.speedup.facts import Facts
-from dist_compress.speedup.keep import build
 from dist_compress.speedup.masking import Masks, check_masks
 from dist_compress.speedup.planning import plan
 from dist_compress.speedup.propagation import propagate

@@ -35,21 +35,30 @@ class Facts:
         self.trace, self.masks, self.zeros = trace, masks, zeros
         self._make_values, self._stays = values, stays
         self._values = trace.values if masks is None else None
+        self._sets: dict[int, torch.Tensor] = {}  # id -> a set that is canonical
         self._tainted: dict[int, torch.Tensor] = {}
         self._observed: dict[int, torch.Tensor] = {}
         self._nonzero: dict[int, torch.Tensor] = {}
         self._weightless = self._find_weightless() if masks is not None else set()
 
+    def _canonical(self, elements: torch.Tensor) -> torch.Tensor:
+        if id(elements) not in self._sets:
+            elements = sets.canonical(elements)
+            self._sets[id(elements)] = elements
+        return elements
+
     def taint(self, ref: Ref, elements: torch.Tensor) -> None:
-        self._tainted[ref.id] = sets.canonical(elements)
+        elements = self._canonical(elements)
+        known = self._nonzero.get(ref.id)  # one tensor where both are the same: what follows is found once
+        self._tainted[ref.id] = elements if known is None or not torch.equal(known, elements) else known
 
     def set_nonzero(self, ref: Ref, elements: torch.Tensor) -> None:
-        self._nonzero[ref.id] = sets.canonical(elements)
+        self._nonzero[ref.id] = self._canonical(elements)
 
     def observe(self, ref: Ref, elements: torch.Tensor) -> None:
         """Add to what is observed of `ref`."""
         old = self._observed.get(ref.id)
-        self._observed[ref.id] = sets.canonical(elements if old is None else old | elements)
+        self._observed[ref.id] = self._canonical(elements if old is None or old is elements else old | elements)
 
     def seen(self, ref: Ref) -> torch.Tensor | None:
         """As `observed`; None when nothing was observed yet."""
@@ -81,7 +90,7 @@ class Facts:
         """Elements that are not a known zero."""
         if ref.id not in self._nonzero:
             found = self._by_value(ref) if self.masks is None else self._by_mask(ref, self.masks)
-            self._nonzero[ref.id] = sets.canonical(found)
+            self._nonzero[ref.id] = self._canonical(found)
         return self._nonzero[ref.id]
 
     def _by_value(self, ref: Ref) -> torch.Tensor:
@@ -116,7 +125,8 @@ class Facts:
         return found
 
     def alive(self, ref: Ref) -> torch.Tensor:
-        return self.observed(ref) & self.tainted(ref)
+        observed, tainted = self.observed(ref), self.tainted(ref)
+        return observed if sets.is_all(tainted) else tainted if sets.is_all(observed) else observed & tainted
 
     def hidden(self, ref: Ref, elements: torch.Tensor) -> bool:
         """Whether tainting `elements` too taints no more of any dim of `ref` that could shrink."""

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_compress.speedup.constraints import build
 from dist_compress.speedup.custom import is_leaf
-from dist_compress.speedup.keep import build
 from dist_compress.speedup.plan import Plan
 from dist_compress.speedup.propagation import propagate
 from dist_compress.speedup.settings import Settings

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from dist_compress.errors import UserError
+from dist_compress.tracing.walk import modules_of, parameters_of
 
 Masks = Mapping[str, torch.Tensor]
 
 
 def check_masks(model: nn.Module, masks: Masks) -> dict[str, torch.Tensor]:
     """The masks on the CPU with the rank of their parameters. Raises UserError for names, types and shapes."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = parameters_of(modules_of(model))
     checked = {}
     for fqn, mask in masks.items():
         if fqn not in parameters:

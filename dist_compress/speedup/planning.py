@@ -16,12 +16,13 @@ from dist_compress.errors import UserError
 from dist_compress.speedup import sets
 from dist_compress.speedup.attributes import attributes
 from dist_compress.speedup.capture import Capture, Reference, captured
+from dist_compress.speedup.constraints import pin_modules
 from dist_compress.speedup.custom import resized
 from dist_compress.speedup.facts import Facts
 from dist_compress.speedup.fold import close_constants
 from dist_compress.speedup.gains import close_gains
 from dist_compress.speedup.graph_fallback import Fallback
-from dist_compress.speedup.keep import Keep, pin_modules
+from dist_compress.speedup.keep import Keep
 from dist_compress.speedup.masking import Masks, check_masks
 from dist_compress.speedup.model_config import config_changes
 from dist_compress.speedup.norms import NormModule
@@ -33,6 +34,7 @@ from dist_compress.speedup.settings import Settings
 from dist_compress.speedup.structure import Structure
 from dist_compress.speedup.swaps import narrow, nested_encoders, swaps
 from dist_compress.tracing import Ref
+from dist_compress.tracing.walk import buffers_of, modules_of, parameters_of
 
 
 def plan(
@@ -58,7 +60,7 @@ def plan(
     given = captured(model, args, kwargs, {"norm": norm, "keep": tuple(keep), "barrier": tuple(barrier)})
     Settings(round_to=round_to)
     checked = check_masks(given.model, masks) if masks is not None else {}
-    if any(parameter.is_meta for parameter in given.model.parameters()):
+    if any(parameter.is_meta for parameter in parameters_of(modules_of(given.model)).values()):
         if masks is None:
             raise UserError("plan: this model is on the meta device, so its weights have no zeros; give masks={...}.")
         return solve(given, given.model, given.structure, propagate(given.trace, checked), round_to)
@@ -127,6 +129,14 @@ def solve(given: Capture, model: nn.Module, s: Structure, facts: Facts, round_to
         banned |= culprits - fallback.choose(culprits, made, keep)
 
 
+def outline(s: Structure, facts: Facts, model: nn.Module) -> Plan:
+    """What `solve` would slice and keep if the shrunk model surely runs: no integers, nothing to be applied."""
+    keep = Keep(s, facts, {})
+    _values(s, facts, keep, model)
+    kept = _slices(s, keep)
+    return Plan(kept, blocked=_blocked(s, facts, keep), shapes=_shapes(s, kept))
+
+
 def _values(s: Structure, facts: Facts, keep: Keep, model: nn.Module) -> dict[str, torch.Tensor]:
     """New values of biases and gains, once all that would need others is kept."""
     while True:
@@ -140,23 +150,32 @@ def _values(s: Structure, facts: Facts, keep: Keep, model: nn.Module) -> dict[st
 def _extract(
     given: Capture, s: Structure, facts: Facts, keep: Keep, model: nn.Module, bias: dict[str, torch.Tensor]
 ) -> Plan:
-    kept: dict[str, dict[int, torch.Tensor]] = {}
-    for key in s.known():
-        info = s.trace.info(Ref(key))
-        if info.kind not in ("param", "buffer"):
-            continue
-        dims = {d: keep.kept[v].nonzero().flatten() for d, v in enumerate(s.dims(Ref(key)))}
-        dims = {d: index for d, index in dims.items() if len(index) < info.shape[d]}
-        if dims:
-            kept |= {fqn: dims for fqn in info.all_fqns}
-    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    kept = {fqn: kept[fqn] for names in named for fqn, _ in names if fqn in kept}
-    shapes = {fqn: s.trace.info(Ref(key)).shape for key in s.known() for fqn in s.trace.info(Ref(key)).all_fqns}
-    shapes = {fqn: shapes[fqn] for fqn in kept}
+    kept = _slices(s, keep)
+    modules = modules_of(model)
+    kept = {fqn: kept[fqn] for fqn in (*parameters_of(modules), *buffers_of(modules)) if fqn in kept}
     exchanged = swaps(model, kept, _normalised(s, keep))
     attrs = attributes(s, keep, model, lambda: given.uses) | nested_encoders(model, exchanged)
     blocked, cut = _blocked(s, facts, keep), resized(s, lambda var: keep.kept[var])
-    return Plan(kept, attrs, bias, blocked, shapes, exchanged, cut)
+    return Plan(kept, attrs, bias, blocked, _shapes(s, kept), exchanged, cut)
+
+
+def _slices(s: Structure, keep: Keep) -> dict[str, dict[int, torch.Tensor]]:
+    """{fqn of a parameter or buffer that shrinks: {dim: kept index}}."""
+    kept: dict[str, dict[int, torch.Tensor]] = {}
+    index = {var: keep.kept[var].nonzero().flatten() for var in keep.shrunk()}
+    for key in s.known():
+        info = s.trace.info(Ref(key))
+        if info.kind in ("param", "buffer"):
+            dims = {d: index[var] for d, var in enumerate(s.dims(Ref(key))) if var in index}
+            if dims:
+                kept.update((fqn, dims) for fqn in info.all_fqns)
+    return kept
+
+
+def _shapes(s: Structure, kept: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """{fqn: shape} of some parameters and buffers."""
+    shapes = {fqn: info.shape for key in s.known() for info in (s.trace.info(Ref(key)),) for fqn in info.all_fqns}
+    return {fqn: shapes[fqn] for fqn in kept}
 
 
 def _normalised(s: Structure, keep: Keep) -> dict[str, int]:
@@ -179,9 +198,15 @@ def _blocked(s: Structure, facts: Facts, keep: Keep) -> list[Blocked]:
         if info.kind != "param" or len(info.shape) < 2:
             continue
         nonzero = facts.nonzero(Ref(key))
+        if sets.is_all(nonzero):
+            continue
         for d, var in enumerate(s.dims(Ref(key))):
+            if nonzero.size(d) == 1 and bool(nonzero.any()):
+                continue
             some = sets.any_over(nonzero, [o for o in range(nonzero.dim()) if o != d]).reshape(-1)
             asked = ~some.expand(info.shape[d]) & keep.kept[var]
+            if not bool(asked.any()):
+                continue
             causes = keep.cause[var][asked]
             for cause in causes.unique().tolist():
                 found.append(Blocked(info.fqn, d, int((causes == cause).sum()), keep.reasons[cause]))
@@ -194,7 +219,7 @@ def _culprit(failed: str, banned: set[str], s: Structure, keep: Keep, model: nn.
     while True:
         builtin = type(model.get_submodule(name)).__module__.startswith("torch.nn.")
         pins = pin_modules(s, {name})
-        if not builtin and any(not bool(keep.kept[var].all()) for var in pins if var in keep.kept):
+        if not builtin and not keep.shrunk().isdisjoint(pins):
             return {name}
         if not name:
             return {op.module for op in s.trace.tape}

@@ -21,7 +21,7 @@ def recurrent_sizes(s: Structure, keep: Keep, modules: dict[str, nn.Module]) -> 
             module = modules.get(owner)
             if not isinstance(module, nn.RNNBase | nn.RNNCellBase):
                 continue
-            sizes = [int(keep.kept[var].sum()) for var in s.dims(Ref(key))]
+            sizes = [keep.counts()[var] for var in s.dims(Ref(key))]
             if name == "weight_hr_l0":  # what goes back into the layer is projected
                 found |= {f"{owner}.proj_size".lstrip("."): sizes[0], f"{owner}.hidden_size".lstrip("."): sizes[1]}
             elif name in ("weight_hh_l0", "weight_hh") and not getattr(module, "proj_size", 0):

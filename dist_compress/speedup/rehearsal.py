@@ -92,7 +92,7 @@ def _first_difference(again: Trace, s: Structure, keep: Keep, skipped: set[str],
 
     ended: whether `again` is of a whole run.
     """
-    sizes = {var: int(kept.sum()) for var, kept in keep.kept.items()}
+    sizes = keep.counts()
     planned = {key: tuple(sizes[v] for v in s.dims(Ref(key))) for key in s.known()}
 
     def kept(ref: Ref) -> list[torch.Tensor]:

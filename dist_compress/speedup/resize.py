@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -15,12 +15,12 @@ from dist_compress.speedup.plan import Plan
 Slice = Callable[[torch.Tensor, dict[int, torch.Tensor]], torch.Tensor]
 
 
-def check_rules(model: nn.Module, plan: Plan, cut: Slice) -> None:
+def check_rules(modules: Mapping[str, nn.Module], plan: Plan, cut: Slice) -> None:
     """Run each rule on a copy of its module first, so that what fails there leaves the model as it was. Local.
 
-    cut: slices a parameter. Raises UserError for a class without a rule here, and what `resize` and `replace` raise.
+    modules: by all their names. cut: slices a parameter. Raises UserError for a class without a rule here, and what
+    `resize` and `replace` raise.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
     for fqn, keep in plan.resized.items():
         module = modules.get(fqn)
         if module is None:
@@ -43,9 +43,8 @@ def check_rules(model: nn.Module, plan: Plan, cut: Slice) -> None:
             raise UserError(f"replace() of the rule of {type(module).__name__} must return a module.")
 
 
-def apply_rules(model: nn.Module, plan: Plan) -> None:
+def apply_rules(modules: Mapping[str, nn.Module], plan: Plan) -> None:
     """Resize or replace, once everything is sliced; a replacement takes every place of the module. Local."""
-    modules = dict(model.named_modules(remove_duplicate=False))
     for fqn, keep in plan.resized.items():
         module = modules[fqn]
         rule = rule_of_module(module)

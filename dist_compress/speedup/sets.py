@@ -6,13 +6,15 @@ over [O, I]. Growing a set is always allowed: a larger set keeps more and stays 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 
 import torch
 
 
+@functools.cache
 def uniform(rank: int, value: bool) -> torch.Tensor:
-    """The set of everything or nothing, of a tensor with `rank` dims."""
+    """The set of everything or nothing, of a tensor with `rank` dims. Shared: no set is changed in place."""
     return torch.full((1,) * rank, value)
 
 
@@ -22,11 +24,11 @@ def is_all(s: torch.Tensor) -> bool:
 
 def canonical(s: torch.Tensor) -> torch.Tensor:
     """The same set, at size 1 everywhere when it is everything or nothing."""
-    if s.numel() > 1:
-        if bool(s.all()):
-            return uniform(s.dim(), True)
-        if not bool(s.any()):
-            return uniform(s.dim(), False)
+    size = s.numel()
+    if size > 1:
+        count = int(s.count_nonzero())
+        if count == size or count == 0:
+            return uniform(s.dim(), count == size)
     return s
 
 
@@ -40,8 +42,26 @@ def compress(s: torch.Tensor) -> torch.Tensor:
     return s
 
 
+def union(parts: Iterable[torch.Tensor], rank: int) -> torch.Tensor:
+    """The union of some sets that broadcast to a tensor with `rank` dims."""
+    total = None
+    for s in parts:
+        if s.numel() > 1:
+            total = s if total is None else total | s
+        elif bool(s):
+            return uniform(rank, True)
+    return uniform(rank, False) if total is None else pad(total, rank)
+
+
+def pad(s: torch.Tensor, rank: int) -> torch.Tensor:
+    """The set with dims of size 1 before its own."""
+    return s if s.dim() == rank else s.reshape((1,) * (rank - s.dim()) + tuple(s.shape))
+
+
 def any_over(s: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     """Union over `dims`, kept at size 1."""
+    if s.numel() == 1:
+        return s
     wide = [dim % s.dim() for dim in dims if s.size(dim) != 1]
     return s.any(dim=tuple(wide), keepdim=True) if wide else s
 
@@ -49,6 +69,8 @@ def any_over(s: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
 def fit(s: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Un-broadcast: the union over what a tensor of `shape` was broadcast along, with the rank of `shape`."""
     extra = s.dim() - len(shape)
+    if s.numel() == 1 and extra >= 0:
+        return uniform(len(shape), bool(s))
     s = any_over(s, [d for d in range(s.dim()) if d < extra or shape[d - extra] == 1])
     return s.reshape(s.shape[extra:]) if extra > 0 else s
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -25,6 +26,18 @@ class Link:
     index_a: torch.Tensor  # int64 [k]
     b: int
     index_b: torch.Tensor  # int64 [k]
+
+    @cached_property
+    def parts(self) -> tuple[slice | torch.Tensor, slice | torch.Tensor]:
+        """`index_a` and `index_b`, each as a slice where it is one: reading that copies nothing."""
+        return _part(self.index_a), _part(self.index_b)
+
+
+def _part(index: torch.Tensor) -> slice | torch.Tensor:
+    if not len(index):
+        return slice(0, 0)
+    first = int(index[0])
+    return slice(first, first + len(index)) if torch.equal(index, torch.arange(first, first + len(index))) else index
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import nn
 from dist_compress.speedup.modules.attention import attention_settings
 from dist_compress.speedup.norms import formula_of
 from dist_compress.speedup.plan import Swap
+from dist_compress.tracing.walk import modules_of
 
 Kept = Mapping[str, Mapping[int, torch.Tensor]]
 
@@ -28,7 +29,7 @@ def swaps(model: nn.Module, kept: Kept, normalised: Mapping[str, int]) -> dict[s
     """
     found = {name: _norm(model.get_submodule(name), left) for name, left in normalised.items()}
     owners = {fqn.rpartition(".")[0] for fqn in kept} | {fqn.rpartition(".")[0].rpartition(".")[0] for fqn in kept}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in modules_of(model).items():
         if name in owners and is_attention(module):
             found[name] = Swap("slim_attention", _attention(name, module, kept))
     return found
@@ -38,7 +39,7 @@ def nested_encoders(model: nn.Module, found: Mapping[str, Swap]) -> dict[str, in
     """{"encoder.use_nested_tensor": False}: nested tensors are only for the fused layers of torch."""
     return {
         f"{name}.use_nested_tensor".lstrip("."): False
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in modules_of(model).items()
         if isinstance(module, nn.TransformerEncoder)
         and getattr(module, "use_nested_tensor", False)
         and any(swap.startswith(f"{name}.".lstrip(".")) for swap in found)

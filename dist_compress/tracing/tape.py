@@ -7,7 +7,6 @@ the tape reads like a functional program. Ties are visible: a parameter register
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +15,17 @@ from torch import nn
 from torch._ops import OpOverload
 
 _NONE = object()
+_PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, unsafe_hash=True)  # not frozen, which costs time: there are many
 class Ref:
     """One value of one tensor; the key of `Trace.tensors`."""
 
     id: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Info:
     """What is known of a tensor without its values."""
 
@@ -131,6 +131,11 @@ class Op:
             return self.target.name
         return _name(self.target)
 
+    @functools.cached_property
+    def _positions(self) -> dict[str, tuple[int, Any]]:
+        assert isinstance(self.target, OpOverload)
+        return _arguments(self.target)
+
     @property
     def out(self) -> Ref:
         """The first output."""
@@ -143,7 +148,7 @@ class Op:
             return self.kwargs.get(name, default)
         if name in self.kwargs:
             return self.kwargs[name]
-        position, value = _arguments(self.target).get(name, (len(self.args), _NONE))
+        position, value = self._positions.get(name, (len(self.args), _NONE))
         if position < len(self.args):
             return self.args[position]
         return default if value is _NONE else value
@@ -175,29 +180,20 @@ class Trace:
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     result: Any = None  # what the model returned
     on_meta: bool = False  # the model was on the meta device
+    reads_sizes: bool = True  # python code may have looked at a size, or given one to an op
 
     def info(self, ref: Ref) -> Info:
         return self.tensors[ref.id]
 
 
-def refs_in(tree: Any) -> Iterator[Ref]:
-    """The `Ref`s of nested lists, tuples and dicts, in order."""
-    if isinstance(tree, Ref):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from refs_in(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from refs_in(item)
-
-
 def map_tensors(tree: Any, fn: Any) -> Any:
     """`tree` with `fn` applied to each tensor or `Ref` in nested lists, tuples and dicts."""
+    if type(tree) in _PLAIN:
+        return tree
     if isinstance(tree, (torch.Tensor, Ref)):
         return fn(tree)
     if isinstance(tree, (list, tuple)):
-        return type(tree)(map_tensors(item, fn) for item in tree)
+        return type(tree)([map_tensors(item, fn) for item in tree])
     if isinstance(tree, dict):
         return {key: map_tensors(item, fn) for key, item in tree.items()}
     return tree

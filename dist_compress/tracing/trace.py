@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,7 +29,9 @@ from dist_compress.tracing import meta_kernels
 from dist_compress.tracing.blame import blame
 from dist_compress.tracing.constants import known
 from dist_compress.tracing.nest import opened
-from dist_compress.tracing.tape import Info, Layout, ModuleCall, Op, Overlay, Ref, Trace, map_tensors, refs_in
+from dist_compress.tracing.size_reads import SizeReads
+from dist_compress.tracing.tape import Info, Layout, ModuleCall, Op, Overlay, Ref, Trace, map_tensors
+from dist_compress.tracing.walk import buffers_of, modules_of, parameters_of
 
 
 class TraceError(UserError):
@@ -45,6 +48,7 @@ def trace(
     kwargs: dict[str, Any] | None = None,
     values: bool = False,
     leaves: Callable[[nn.Module], bool] | None = None,
+    sizes: bool = False,
 ) -> Trace:
     """Execute `model(*args, **kwargs)` once in eval mode without gradients and return its tape. Local.
 
@@ -52,15 +56,17 @@ def trace(
     those that do not depend on the inputs. A model on the meta device gets its inputs there; what it reads of values
     that no weight made is computed on the CPU.
     A module of which `leaves` is true runs unrecorded and is one op, whose target is a `ModuleCall`.
+    sizes: find out whether the code looks at sizes (`Trace.reads_sizes`), which costs a little.
     Training flags, buffers, RNG state and the attention switches are as before when it returns.
     Raises UserError naming the op, the module and the line in which the model's own code failed, or a leaf that does
     more than compute its result from its arguments and its own parameters and buffers.
     """
     recorder = _Recorder(model, values, leaves)
+    recorder.size_reads = SizeReads() if sizes else None
     given_args, given_kwargs = recorder.add_inputs(tuple(args)), recorder.add_inputs(dict(kwargs or {}))
     with untouched(model), _module_paths(recorder):
         try:
-            with recorder:
+            with recorder, recorder.size_reads or contextlib.nullcontext():
                 result = model(*given_args, **given_kwargs)
         except UserError:
             raise
@@ -88,11 +94,13 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
     Flags, buffers, RNG and attributes of modules that hold tensors (results that they keep) are restored at the end.
     """
-    training = {module: module.training for module in model.modules()}
-    attributes = {module: dict(vars(module)) for module in training}
-    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    named = modules_of(model)
+    modules = list(dict.fromkeys(named.values()))
+    training = [module for module in modules if module.training]
+    attributes = [vars(module).copy() for module in modules]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in buffers_of(named).values()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    devices = {p.device.index for p in parameters_of(named).values() if p.device.type == "cuda"}
     try:
         for module in training:  # not model.eval(), which exported modules refuse
             module.training = False
@@ -103,16 +111,21 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         with torch.no_grad():
-            for buffer, saved in buffers.items():
+            for buffer, saved in buffers:
                 buffer.copy_(saved)
-        for module, flag in training.items():
-            module.training = flag
-        for module, saved in attributes.items():
+        for module in modules:
+            if module.training:
+                module.training = False
+        for module in training:
+            module.training = True
+        for module, saved in zip(modules, attributes, strict=True):
             _restore_tensors(vars(module), saved)
 
 
 def _restore_tensors(current: dict[str, Any], saved: dict[str, Any]) -> None:
     """Puts back what `current` has got since `saved` was copied from it, where that holds tensors."""
+    if len(current) == len(saved) and all(map(operator.is_, current.values(), saved.values())):
+        return
     for name, value in list(current.items()):
         if value is not saved.get(name) and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
             if name in saved:
@@ -129,7 +142,7 @@ def _eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def _module_paths(recorder: _Recorder) -> Iterator[None]:
     """Keeps `recorder.stack` while modules of the model run in this thread."""
-    original = nn.Module.__call__
+    original = nn.Module._call_impl
     thread = threading.get_ident()
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -143,6 +156,8 @@ def _module_paths(recorder: _Recorder) -> Iterator[None]:
             elif isinstance(module, nn.RNNBase):
                 with _unfused():
                     output = original(module, *args, **kwargs)
+            elif recorder.size_reads is not None:
+                output = recorder.size_reads.run(original, module, args, kwargs)
             else:
                 output = original(module, *args, **kwargs)
         except Exception:
@@ -153,11 +168,11 @@ def _module_paths(recorder: _Recorder) -> Iterator[None]:
         recorder.end_call(name, output)
         return output
 
-    nn.Module.__call__ = call
+    nn.Module._call_impl = call
     try:
         yield
     finally:
-        nn.Module.__call__ = original
+        nn.Module._call_impl = original
 
 
 @functools.cache
@@ -192,10 +207,14 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module, values: bool, leaves: Callable[[nn.Module], bool] | None):
         super().__init__()
         self.trace = Trace()
+        self.size_reads: SizeReads | None = None
         self.keep_values = values
         self.leaves = leaves
         self.leaf: set[int] | None = None  # ids of the tensors that the leaf module that runs may read
-        self.names = {module: name for name, module in model.named_modules()}
+        modules = modules_of(model)
+        self.names: dict[nn.Module, str] = {}  # the first name of each
+        for name, module in modules.items():
+            self.names.setdefault(module, name)
         self.stack: list[str] = []
         self.failed: str | None = None
         self.failed_op: str | None = None
@@ -204,16 +223,13 @@ class _Recorder(TorchDispatchMode):
         self.storages: dict[int, list[int]] = {}  # storage -> ids of the tensors that share it
         self.stale: dict[int, torch.Tensor] = {}  # id(tensor) -> the other tensor through which it was written to
         self.given: dict[int, torch.Tensor] = {}  # id(argument) -> what the model gets for it
-        self.trace.on_meta = any(parameter.is_meta for parameter in model.parameters())
-        self._add_state(model)
+        self.trace.on_meta = any(parameter.is_meta for parameter in parameters_of(modules).values())
+        self._add_state(modules)
 
-    def _add_state(self, model: nn.Module) -> None:
-        for kind, named in (
-            ("param", model.named_parameters(remove_duplicate=False)),
-            ("buffer", model.named_buffers(remove_duplicate=False)),
-        ):
+    def _add_state(self, modules: dict[str, nn.Module]) -> None:
+        for kind, named in (("param", parameters_of(modules)), ("buffer", buffers_of(modules))):
             owners: dict[int, tuple[torch.Tensor, list[str]]] = {}
-            for fqn, tensor in named:
+            for fqn, tensor in named.items():
                 owners.setdefault(id(tensor), (tensor, []))[1].append(fqn)
             for tensor, fqns in owners.values():
                 self._new(tensor, kind, fqn=fqns[0], all_fqns=tuple(fqns))
@@ -243,10 +259,11 @@ class _Recorder(TorchDispatchMode):
             )
         self.trace.outputs = [self._ref(leaf) for leaf in leaves]
         self.trace.result = result
+        self.trace.reads_sizes = self.size_reads is None or self.size_reads.found
         return self.trace
 
     def end_call(self, name: str, output: Any) -> None:
-        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        leaves = [output] if isinstance(output, torch.Tensor) else tensors_in(output)
         known = [self.current[id(leaf)] for leaf in leaves if id(leaf) in self.current]
         if len(known) == len(leaves):
             self.trace.calls.append((name, tuple(known)))
@@ -295,8 +312,15 @@ class _Recorder(TorchDispatchMode):
         if self.leaf is not None:
             self._check_reads(args, kwargs)
             return func(*args, **kwargs)
-        call_args = map_tensors(tuple(args), self._ref)
-        call_kwargs = map_tensors(kwargs, self._ref)
+        inputs: list[Ref] = []
+
+        def given(tensor: torch.Tensor) -> Ref:
+            inputs.append(self._ref(tensor))
+            return inputs[-1]
+
+        call_args, call_kwargs = map_tensors(tuple(args), given), map_tensors(kwargs, given)
+        if self.size_reads is not None and not self.size_reads.inside:
+            self.size_reads.found = True
         written = _written(func, args, kwargs)
         self._before_write(written)
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -307,14 +331,13 @@ class _Recorder(TorchDispatchMode):
         except Exception:
             self.failed_op = self.failed_op or func._schema.name.split("::")[1]
             raise
-        inputs = tuple(refs_in((call_args, call_kwargs)))
-        dependent = any(self.trace.tensors[ref.id].dependent for ref in inputs)
+        dependent = any([self.trace.tensors[ref.id].dependent for ref in inputs])
         leaves = list(result) if isinstance(result, (tuple, list)) else [result]
         outputs = tuple(
             self._new(leaf, "value", dependent=dependent) if isinstance(leaf, torch.Tensor) else None for leaf in leaves
         )
         self._after_write(written)
-        self.trace.tape.append(Op(func, call_args, call_kwargs, inputs, outputs, self._module()))
+        self.trace.tape.append(Op(func, call_args, call_kwargs, tuple(inputs), outputs, self._module()))
         return result
 
     def _module(self) -> str:
@@ -367,6 +390,10 @@ class _Recorder(TorchDispatchMode):
             for key in self._aliases(tensor):
                 if key != id(tensor):
                     self.stale[key] = tensor
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _version(tensor: torch.Tensor) -> int:

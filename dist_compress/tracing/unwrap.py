@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from dist_compress.errors import UserError
+from dist_compress.tracing.walk import modules_of, parameters_of
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
@@ -18,13 +19,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     while type(model).__name__ in _WRAPPERS:
         model = getattr(model, _WRAPPERS[type(model).__name__])
-    for name, module in model.named_modules():
-        if _SHARDED & {cls.__name__ for cls in type(module).__mro__}:
+    modules = modules_of(model)
+    sharded = {kind for kind in set(map(type, modules.values())) if _SHARDED & {cls.__name__ for cls in kind.__mro__}}
+    for name, module in modules.items():
+        if type(module) in sharded:
             raise UserError(
                 f"Module {name or 'itself'!r} of the model is wrapped by FSDP, so no rank holds whole parameters. Make "
                 "the plan on an unwrapped model that loads the full state dict, and apply it before wrapping."
             )
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_of(modules).items():
         if type(parameter).__name__ == "DTensor":
             raise UserError(
                 f"Parameter {name!r} is a DTensor, so no rank holds all of it. Make the plan on an unwrapped model "

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_compress import speedup
@@ -52,8 +53,8 @@ MODELS = {
 
 
 def macs(model, x):
-    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know the fused kernel
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know the fused kernels
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(x)
     torch.backends.mha.set_fastpath_enabled(True)
     return counter.get_total_flops() // 2 // x.shape[0]
