@@ -54,6 +54,10 @@ class Capture:
         """What belongs together, whatever the weights are."""
         return build(self.trace, self.model, self.args, self.kwargs, self.settings)
 
+    def trace_of(self, model: nn.Module) -> Trace:
+        """A run of the captured model, or of a copy with other weights, as it is now."""
+        return self._trace(model)
+
     def structure_of(self, model: nn.Module) -> Structure:
         """`structure` over a tape that holds all values of `model`: the captured one, or a copy with other weights."""
         again = self._trace(model, values=True)
@@ -86,7 +90,10 @@ class Capture:
 
 
 class Reference:
-    """The masked model and its run, made when first asked for. `masks` as `masking.check_masks` returns them."""
+    """The masked model and its run, made when first asked for. `masks` as `masking.check_masks` returns them.
+
+    The values of all tensors need much memory, so there is a run without them for what the model returns.
+    """
 
     def __init__(self, given: Capture, masks: dict[str, torch.Tensor]):
         self.given, self.masks = given, masks
@@ -104,15 +111,16 @@ class Reference:
     def structure(self) -> Structure:
         return self.given.structure_of(self.model)
 
-    @property
-    def same_program(self) -> bool:
-        """Whether the masked model runs as the captured one did; if not, its structure is another."""
-        return self.structure.parent is self.given.structure.parent
+    @cached_property
+    def run(self) -> Structure | None:
+        """The captured structure over the masked run; None when that is another program, with another structure."""
+        again = self.structure.trace if self.made else self.given.trace_of(self.model)
+        return replace(self.given.structure, trace=again) if _same_program(again, self.given.trace) else None
 
     def values(self) -> dict[int, torch.Tensor]:
         """The values of the masked run by the refs of the captured one; {} when these are not its refs."""
         structure = self.structure
-        return structure.trace.values if self.same_program else {}
+        return structure.trace.values if structure.parent is self.given.structure.parent else {}
 
 
 def capture(

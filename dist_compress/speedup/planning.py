@@ -94,10 +94,8 @@ def _by_masks(reference: Reference, round_to: int) -> Plan | None:
 
 def verified(reference: Reference, made: Plan, keep: Keep) -> bool:
     """Whether the shrunk model runs as planned and gives what the masked model gives."""
-    structure = reference.structure
-    if not reference.same_program:
-        return False
-    return rehearse(reference.given, reference.model, made, structure, keep, compare=True) is None
+    run = reference.run
+    return run is not None and rehearse(reference.given, reference.model, made, run, keep, compare=True) is None
 
 
 def solve(given: Capture, model: nn.Module, s: Structure, facts: Facts, round_to: int = 1) -> Plan:

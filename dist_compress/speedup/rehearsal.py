@@ -37,7 +37,8 @@ _COPIES = ("clone", "contiguous", "alias", "detach")
 def rehearse(given: Capture, model: nn.Module, plan: Plan, s: Structure, keep: Keep, compare: bool) -> str | None:
     """None when a shrunk copy of `model` runs as planned, else the module where it first goes wrong. Local.
 
-    compare: whether its result has to be the one that `s.trace` recorded.
+    compare: whether its result has to be the one that `s.trace` recorded. Where that differs, the module is known
+    only if `s.trace` has the values of all tensors, else it is "", the model itself.
     """
     recorded = s.trace
     if not compare and not plan.graphs and _runs_without_values(given, model, plan, s, keep):
@@ -60,6 +61,8 @@ def rehearse(given: Capture, model: nn.Module, plan: Plan, s: Structure, keep: K
     tolerance = max(map(_tolerance, dtypes))
     if verify(recorded.result, again.result) <= tolerance:
         return None
+    if any(ref.id not in recorded.values for ref in recorded.outputs):  # a run without values cannot tell where
+        return ""
     again = trace(small, given.args, given.kwargs, values=True, leaves=is_leaf)
     check_user_rules(recorded, again, s, keep, tolerance)
     return _first_call_apart(recorded, again, s, keep, tolerance)
