@@ -19,6 +19,7 @@ from dist_compress.speedup.settings import Settings
 from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import ModuleCall, Op, Trace, trace
 from dist_compress.tracing.attribute_uses import Use, attribute_uses, has_uses
+from dist_compress.tracing.size_reads import names_a_size
 from dist_compress.tracing.unwrap import unwrapped
 
 
@@ -42,7 +43,7 @@ class Capture:
     @cached_property
     def holds_no_size(self) -> bool:
         """Whether nothing but torch's own layers, which follow their weights, could know a size of a tensor."""
-        if self.trace.reads_sizes:
+        if self.trace.reads_sizes or any(map(names_a_size, {type(module) for module in self.model.modules()})):
             return False
         grouped = (op for op in self.trace.tape if op.name == "convolution" and op.arg("groups") != 1)
         modules = {type(self.model.get_submodule(op.module)).__module__ for op in grouped}

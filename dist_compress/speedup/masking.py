@@ -56,7 +56,7 @@ def copied(model: nn.Module, tensors: Mapping[int, torch.Tensor]) -> nn.Module:
 
     tensors: {id of each parameter and buffer: what the copy has in its place}.
     """
-    memo: dict[int, Any] = dict(tensors)
+    memo: dict[int, Any] = {**_scripted(model), **tensors}
     for module in model.modules():
         if type(module).__module__.startswith("torch.nn.modules.") and _is_flat(module):
             memo[id(module)] = _twin(module, tensors)
@@ -103,7 +103,13 @@ def tensors_of(model: nn.Module) -> dict[int, torch.Tensor]:
 
 def duplicate(model: nn.Module) -> nn.Module:
     """A deep copy that shares nothing. Local. Computed tensors in modules, which deepcopy refuses, become values."""
-    return copy.deepcopy(model, _computed(model))
+    return copy.deepcopy(model, {**_scripted(model), **_computed(model)})
+
+
+def _scripted(model: nn.Module) -> dict[int, Any]:
+    """Scripted functions that modules hold: they have no state, and deepcopy refuses them."""
+    held = (value for module in model.modules() for value in vars(module).values())
+    return {id(value): value for value in held if isinstance(value, torch.jit.ScriptFunction)}
 
 
 def _computed(model: nn.Module) -> dict[int, torch.Tensor]:

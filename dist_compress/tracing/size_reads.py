@@ -6,7 +6,11 @@ know that it runs on fewer channels. What is not known to be blind to sizes coun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dis
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -37,6 +41,38 @@ _BLIND_MODULES = frozenset(
         "AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d"
     ).split()
 )
+# Integers of torch's layers that follow their weights; no torch mode sees who reads them.
+_SIZES = frozenset(
+    "in_features out_features in_channels out_channels num_features num_channels groups num_groups embedding_dim "
+    "num_embeddings".split()
+)
+_NO_LAYERS = frozenset(("torch.nn.modules.module", "torch.nn.modules.container"))
+
+
+@functools.cache
+def names_a_size(kind: type[nn.Module]) -> bool:
+    """Whether the methods of a module class, but for how it is made, name an integer of one of torch's layers.
+
+    One of `self` is such an integer only if the class is a layer of torch with other methods.
+    """
+    bases = [cls for cls in kind.__mro__ if cls.__module__.startswith("torch.nn.")]
+    is_layer = any(cls.__module__ not in _NO_LAYERS for cls in bases)
+    own = [cls for cls in kind.__mro__ if cls not in bases and cls is not object]
+    methods = [f for cls in own for name, f in vars(cls).items() if inspect.isfunction(f) and name != "__init__"]
+    return any(is_layer or owner != "self" for f in methods for owner in _owners(f.__code__))
+
+
+def _owners(code: CodeType) -> Iterator[str]:
+    """The variable of which each name in `_SIZES` is read, "" for any other expression."""
+    if not _SIZES.isdisjoint(code.co_names):
+        before = None
+        for instruction in dis.get_instructions(code):
+            if instruction.argval in _SIZES and instruction.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
+                yield before.argval if before is not None and before.opname.startswith("LOAD_FAST") else ""
+            before = instruction
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _owners(constant)
 
 
 class SizeReads(TorchFunctionMode):

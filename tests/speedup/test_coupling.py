@@ -1,10 +1,14 @@
 import copy
 
+import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 
 from dist_compress import speedup
+from dist_compress.speedup import capture
+from dist_compress.speedup.capture import Capture
 
 
 def by_name(coupling):
@@ -182,3 +186,42 @@ def test_another_routing_of_the_masked_model_blocks_nothing():
     torch.manual_seed(1)
     groups = by_name(speedup.coupling(SplitByRouting(), (torch.randn(64, 4),)))
     assert not groups["first"].blocked and not groups["experts.0"].blocked
+
+
+def blocked(model, x):
+    return [(g.name, g.num_units, g.blocked) for g in speedup.coupling(model, (x,)).groups]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121", "convnext_tiny"])
+def test_groups_of_code_that_reads_no_size_need_no_rehearsal(name, randomise, monkeypatch):
+    torch.manual_seed(0)
+    model, x = randomise(getattr(torchvision.models, name)(num_classes=10)), torch.randn(1, 3, 64, 64)
+    assert capture(model, (x,)).holds_no_size
+    without = blocked(model, x)
+    monkeypatch.setattr(Capture, "holds_no_size", False)
+    assert without == blocked(model, x)
+
+
+class Asking(nn.Module):
+    """Its code asks for a size that a shrunk model has not."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.a, self.b, self.asks = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), asks
+        self.each = nn.Parameter(torch.randn(8, 1, 1, 1))
+
+    def forward(self, x):
+        y = self.a(x)
+        if self.asks == "shape" and y.shape[1] == 8 or self.asks == "layer" and self.a.out_channels == 8:
+            y = y * 2
+        return self.b(F.conv2d(y, self.each, groups=8) if self.asks == "groups" else y)
+
+
+@pytest.mark.parametrize("asks", ["shape", "layer"])
+def test_code_that_asks_for_a_size_is_rehearsed(asks):
+    why = {name: why for name, _, why in blocked(Asking(asks), torch.randn(1, 3, 4, 4))}
+    assert "holds this size" in why["a"]
+
+
+def test_groups_given_to_a_function_are_rehearsed():
+    assert not capture(Asking("groups"), (torch.randn(1, 3, 4, 4),)).holds_no_size

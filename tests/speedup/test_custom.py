@@ -307,3 +307,17 @@ def test_an_autograd_function_needs_no_rule(shrink):
 
     small, _ = shrink(Net(lambda m, x: Square.apply(x)), make, {"first.weight": [1, 6]})
     assert small.first.weight.shape == (6, 6)
+
+
+@torch.jit.script
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def test_a_scripted_function_that_a_module_holds():
+    torch.manual_seed(0)
+    model = Net(lambda m, x: m.act(x), act=quick_gelu)
+    with torch.no_grad():
+        model.first.weight[2] = 0
+    small, report = speedup.speedup(model, (torch.randn(2, 6),))
+    assert small.first.out_features == 7 and small.act is quick_gelu and report.difference < 1e-5
