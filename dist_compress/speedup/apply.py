@@ -6,6 +6,7 @@ Needs nothing but the plan, so every rank does it alone, and so does a freshly b
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,7 +95,8 @@ def _module(modules: Modules, fqn: str) -> nn.Module:
 
 def _set(owner: nn.Module, name: str, value: object) -> None:
     """`setattr`, without the search of `nn.Module` for what the name may be where that is known."""
-    places = [place for place in (vars(owner), owner._parameters, owner._buffers) if name in place]
+    kinds: tuple[dict[str, Any], ...] = (vars(owner), owner._parameters, owner._buffers)
+    places = [place for place in kinds if name in place]
     if len(places) == 1 and type(owner).__setattr__ is nn.Module.__setattr__:
         places[0][name] = value
     else:

@@ -115,7 +115,13 @@ class Reference:
     @cached_property
     def run(self) -> Structure | None:
         """The captured structure over the masked run; None when that is another program, with another structure."""
-        again = self.structure.trace if self.made else self.given.trace_of(self.model)
+        if self.made:
+            again = self.structure.trace
+            left = {key: value for key, value in again.values.items() if not again.tensors[key].dependent}
+            again = replace(again, values=left)
+            del self.structure  # and with it the values, before another run needs memory
+        else:
+            again = self.given.trace_of(self.model)
         return replace(self.given.structure, trace=again) if _same_program(again, self.given.trace) else None
 
     def values(self) -> dict[int, torch.Tensor]:

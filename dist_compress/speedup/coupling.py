@@ -181,11 +181,14 @@ def mask_units(model: nn.Module, group: UnitGroup, units: torch.Tensor) -> None:
 
 def _kept(made: Plan) -> dict[tuple[str, int], torch.Tensor]:
     """{(parameter fqn, dim that shrinks): bool, whether a position is kept}."""
-    return {
-        (fqn, dim): torch.zeros(made.shapes[fqn][dim], dtype=torch.bool).index_fill_(0, index, True)
-        for fqn, dims in made.keep.items()
-        for dim, index in dims.items()
-    }
+    found: dict[tuple[str, int], torch.Tensor] = {}
+    known: dict[int, torch.Tensor] = {}  # the dims of one variable share their index
+    for fqn, dims in made.keep.items():
+        for dim, index in dims.items():
+            if id(index) not in known:
+                known[id(index)] = torch.zeros(made.shapes[fqn][dim], dtype=torch.bool).index_fill_(0, index, True)
+            found[fqn, dim] = known[id(index)]
+    return found
 
 
 def _gone(member: Member, units: torch.Tensor, kept: dict[tuple[str, int], torch.Tensor]) -> bool:

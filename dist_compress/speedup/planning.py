@@ -87,6 +87,7 @@ def _by_masks(reference: Reference, round_to: int) -> Plan | None:
         bias = _values(s, facts, keep, reference.model)
     made = _extract(given, s, facts, keep, model, bias)
     made.config = config_changes(model, made)
+    del facts  # they may hold the values of all tensors
     if not made.keep:
         return Plan(blocked=made.blocked)
     return made if s.settings.norm != "plain" and verified(reference, made, keep) else None

@@ -142,7 +142,7 @@ def _eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def _module_paths(recorder: _Recorder) -> Iterator[None]:
     """Keeps `recorder.stack` while modules of the model run in this thread."""
-    original = nn.Module._call_impl
+    original = nn.Module.__call__
     thread = threading.get_ident()
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -168,11 +168,11 @@ def _module_paths(recorder: _Recorder) -> Iterator[None]:
         recorder.end_call(name, output)
         return output
 
-    nn.Module._call_impl = call
+    nn.Module.__call__ = call
     try:
         yield
     finally:
-        nn.Module._call_impl = original
+        nn.Module.__call__ = original
 
 
 @functools.cache
@@ -318,11 +318,12 @@ class _Recorder(TorchDispatchMode):
             inputs.append(self._ref(tensor))
             return inputs[-1]
 
-        call_args, call_kwargs = map_tensors(tuple(args), given), map_tensors(kwargs, given)
+        call_args, call_kwargs = map_tensors(tuple(args), given), map_tensors(kwargs, given) if kwargs else {}
         if self.size_reads is not None and not self.size_reads.inside:
             self.size_reads.found = True
         written = _written(func, args, kwargs)
-        self._before_write(written)
+        if written:
+            self._before_write(written)
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             value = known(self.trace, call_args[0])
             args = args if value is None else (value,)
@@ -334,7 +335,7 @@ class _Recorder(TorchDispatchMode):
         dependent = any([self.trace.tensors[ref.id].dependent for ref in inputs])
         leaves = list(result) if isinstance(result, (tuple, list)) else [result]
         outputs = tuple(
-            self._new(leaf, "value", dependent=dependent) if isinstance(leaf, torch.Tensor) else None for leaf in leaves
+            [self._new(x, "value", dependent=dependent) if isinstance(x, torch.Tensor) else None for x in leaves]
         )
         self._after_write(written)
         self.trace.tape.append(Op(func, call_args, call_kwargs, tuple(inputs), outputs, self._module()))
@@ -344,13 +345,15 @@ class _Recorder(TorchDispatchMode):
         return self.stack[-1] if self.stack else ""
 
     def _new(self, tensor: torch.Tensor, kind: str, **known: Any) -> Ref:
-        ref = Ref(len(self.trace.tensors))
-        self.trace.tensors[ref.id] = Info(tuple(tensor.shape), tensor.dtype, kind, **known)
-        if id(tensor) not in self.held and tensor.layout == torch.strided:
-            self.storages.setdefault(tensor.untyped_storage()._cdata, []).append(id(tensor))
-        self.held[id(tensor)] = tensor
-        self.current[id(tensor)] = ref
-        self.stale.pop(id(tensor), None)
+        key, tensors = id(tensor), self.trace.tensors
+        ref = Ref(len(tensors))
+        tensors[ref.id] = Info(tuple(tensor.shape), tensor.dtype, kind, **known)
+        if key not in self.held and tensor.layout == torch.strided:
+            self.storages.setdefault(tensor.untyped_storage()._cdata, []).append(key)
+        self.held[key] = tensor
+        self.current[key] = ref
+        if self.stale:
+            self.stale.pop(key, None)
         if self.keep_values or not known.get("dependent"):
             self.trace.values[ref.id] = tensor.detach()
         return ref
