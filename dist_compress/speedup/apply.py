@@ -95,8 +95,7 @@ def _module(modules: Modules, fqn: str) -> nn.Module:
 
 def _set(owner: nn.Module, name: str, value: object) -> None:
     """`setattr`, without the search of `nn.Module` for what the name may be where that is known."""
-    kinds: tuple[dict[str, Any], ...] = (vars(owner), owner._parameters, owner._buffers)
-    places = [place for place in kinds if name in place]
+    places: list[Any] = [place for place in (vars(owner), owner._parameters, owner._buffers) if name in place]
     if len(places) == 1 and type(owner).__setattr__ is nn.Module.__setattr__:
         places[0][name] = value
     else:
