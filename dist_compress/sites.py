@@ -38,7 +38,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dist_compress.errors import UserError
-from dist_compress.tracing.trace import untouched
+from dist_compress.tracing.untouched import untouched
 
 Function = Callable[[torch.Tensor], Any]
 

@@ -27,7 +27,7 @@ from dist_compress.distillation.translators import Translators
 from dist_compress.errors import UserError
 from dist_compress.method import Context, Method, Tensors
 from dist_compress.sites import Sites
-from dist_compress.tracing.trace import untouched
+from dist_compress.tracing.untouched import untouched
 
 ROOT = "distillation"
 

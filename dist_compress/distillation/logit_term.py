@@ -14,7 +14,7 @@ from dist_compress.distillation.teacher import Teacher
 from dist_compress.distillation.term import Moment, Term
 from dist_compress.errors import UserError
 from dist_compress.method import Context
-from dist_compress.tracing.trace import untouched
+from dist_compress.tracing.untouched import untouched
 
 IGNORED = -100  # the target of a token that does not count
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dist_compress.tracing.trace import untouched
+from dist_compress.tracing.untouched import untouched
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

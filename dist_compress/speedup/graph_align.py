@@ -21,7 +21,8 @@ from dist_compress.errors import UserError
 from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import ModuleCall, Op, Ref, Trace, trace
 from dist_compress.tracing.recorder import concrete_trace
-from dist_compress.tracing.trace import current_ref, untouched
+from dist_compress.tracing.trace import current_ref
+from dist_compress.tracing.untouched import untouched
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

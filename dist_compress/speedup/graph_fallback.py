@@ -23,7 +23,7 @@ from dist_compress.speedup.masking import copied, tensors_of
 from dist_compress.speedup.plan import GraphRewrite, Plan, encode
 from dist_compress.speedup.structure import Structure
 from dist_compress.speedup.verify import verify
-from dist_compress.tracing.trace import untouched
+from dist_compress.tracing.untouched import untouched
 
 _TOLERANCE = 1e-3  # of one module, in its own dtype; the rehearsal of the whole model is the judge
 

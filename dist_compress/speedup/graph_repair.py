@@ -21,7 +21,7 @@ from dist_compress.speedup.keep import Keep
 from dist_compress.speedup.structure import Structure
 from dist_compress.speedup.verify import verify
 from dist_compress.tracing import Ref
-from dist_compress.tracing.trace import untouched
+from dist_compress.tracing.untouched import untouched
 
 
 class Kepts:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import Ref
-from dist_compress.tracing.trace import untouched
+from dist_compress.tracing.untouched import untouched
 
 _Reader = tuple[str, str | None, tuple[int, ...]]
 

@@ -26,8 +26,8 @@ from torch.utils.weak import TensorWeakRef
 from dist_compress.errors import UserError
 from dist_compress.tracing.blame import blame
 from dist_compress.tracing.graph_builder import GraphBuilder, has_tensor
-from dist_compress.tracing.trace import untouched
 from dist_compress.tracing.traced_int import TracedInt
+from dist_compress.tracing.untouched import untouched
 from dist_compress.tracing.unwrap import unwrapped
 from dist_compress.tracing.watch import watching
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch._ops import OpOverload
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -31,6 +29,7 @@ from dist_compress.tracing.constants import known
 from dist_compress.tracing.nest import opened
 from dist_compress.tracing.size_reads import SizeReads
 from dist_compress.tracing.tape import Info, Layout, ModuleCall, Op, Overlay, Ref, Trace, map_tensors
+from dist_compress.tracing.untouched import untouched
 from dist_compress.tracing.walk import buffers_of, modules_of, parameters_of
 
 
@@ -86,57 +85,6 @@ def current_ref(tensor: torch.Tensor) -> Ref | None:
         if isinstance(mode, _Recorder) and mode.held.get(id(tensor)) is tensor:
             return mode.current[id(tensor)]
     return None
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no fused attention, nothing compiled.
-
-    Flags, buffers, RNG and attributes of modules that hold tensors (results that they keep) are restored at the end.
-    """
-    named = modules_of(model)
-    modules = list(dict.fromkeys(named.values()))
-    training = [module for module in modules if module.training]
-    attributes = [vars(module).copy() for module in modules]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in buffers_of(named).values()]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    devices = {p.device.index for p in parameters_of(named).values() if p.device.type == "cuda"}
-    try:
-        for module in training:  # not model.eval(), which exported modules refuse
-            module.training = False
-        torch.backends.mha.set_fastpath_enabled(False)
-        rng = torch.random.fork_rng(devices=[d for d in devices if d is not None])
-        with rng, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _eager(model):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                buffer.copy_(saved)
-        for module in modules:
-            if module.training:
-                module.training = False
-        for module in training:
-            module.training = True
-        for module, saved in zip(modules, attributes, strict=True):
-            _restore_tensors(vars(module), saved)
-
-
-def _restore_tensors(current: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Puts back what `current` has got since `saved` was copied from it, where that holds tensors."""
-    if len(current) == len(saved) and all(map(operator.is_, current.values(), saved.values())):
-        return
-    for name, value in list(current.items()):
-        if value is not saved.get(name) and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
-            if name in saved:
-                current[name] = saved[name]
-            else:
-                del current[name]
-
-
-def _eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    compiled = (type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules())
-    return torch.compiler.set_stance("force_eager") if any(compiled) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
