@@ -11,6 +11,7 @@ import torch
 from pruning_nets import COUPLING, NUM_MICRO, Net, attach, config, micro_batch, train
 from torch import nn
 
+from dist_compress import comm
 from dist_compress.blocks import activation_dim
 from dist_compress.errors import UserError
 from dist_compress.pruning.activations import Activation
@@ -269,6 +270,29 @@ def test_an_evaluation_is_not_heard():
     torch.testing.assert_close(listener.means()[0] * NUM_MICRO, seen[0].double().abs().sum((0, 2, 3)))
 
 
+def unheard(method, module):
+    class Idle(Net):
+        def forward(self, x):
+            if self.training:  # an evaluation runs all of it
+                return self.head(self.free(self.depthwise(self.bn(self.stem(x)).detach())).flatten(1))
+            return super().forward(x)
+
+    pruner, model, _ = start(on(module), model=Idle(), method=method)
+    for micro in range(comm.rank(), NUM_MICRO, comm.world_size()):
+        model.train()(X).sum().backward()
+        pruner.after_backward(0, micro)
+    with pytest.raises(UserError) as error:
+        pruner.after_step(0)
+    return str(error.value)
+
+
+def test_what_was_never_heard_is_an_error_on_every_rank(ranks):
+    said = unheard("l1_norm", "b")
+    assert "b._output_0: pruning.method='l1_norm' heard nothing since the last decision: its module did not run" in said
+    for said in ranks(2, unheard, "taylor", "bn"):
+        assert "bn._output_0: pruning.method='taylor' heard nothing since the last decision: no gradient" in said
+
+
 @pytest.mark.parametrize("method", ["fpgm", "slim", "sr_ste"])
 def test_methods_that_do_not_score_activations_are_refused(method):
     said = refuse(on("a", granularity="per_channel"), method=method)
@@ -362,8 +386,6 @@ def test_refusals():
 def sharded(shard):
     """Masks of activations after two steps of a model that is sharded, or not, once they are attached."""
     from torch.distributed.fsdp import fully_shard
-
-    from dist_compress import comm
 
     entries = [
         on("a", sparse_ratio=0.5),

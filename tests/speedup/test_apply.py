@@ -225,3 +225,13 @@ def test_a_plan_that_removes_nothing_changes_nothing():
         model[0].weight[1], model[0].bias[1] = 0, 0
     plan = speedup.plan(model, (torch.randn(1, 4),))
     assert plan == Plan(blocked=plan.blocked) and plan.blocked[0].count == 1
+
+
+def test_a_plan_for_a_model_without_what_a_method_added():
+    index = torch.tensor([0, 2])
+    graphs = {"block": GraphRewrite(((), {}), "", {}, ("block.inner",))}
+    plan = Plan({"a.weight": {0: index}, "a.mask": {1: index}}, shapes={"a.weight": (3, 3), "a.mask": (1, 3)})
+    assert list(plan.without(["a.mask"]).keep) == list(plan.without(["a.mask"]).shapes) == ["a.weight"]
+    assert Plan(graphs=graphs).without(["block.inner.mask"]).graphs == graphs  # runs its own code
+    with pytest.raises(UserError, match="block.other.mask acts inside of block, whose code runs as a recorded graph"):
+        Plan(graphs=graphs).without(["block.other.mask"])
