@@ -19,8 +19,8 @@ from dist_compress.pruning.units import UnitSet
 
 
 def share(ratio: float | Fraction, fraction: float = 1.0) -> Fraction:
-    """ratio * fraction as the user wrote them: 0.29 of 100 is 29, where floats give 28."""
-    return Fraction(str(ratio)) * Fraction(str(fraction))
+    """ratio * fraction as they are meant: 0.29 of 100 is 29, where floats give 28, and a third is one."""
+    return Fraction(str(ratio)) * Fraction(str(fraction)).limit_denominator(10**9)
 
 
 def count_bounds(num: int, setting: Setting, fraction: float) -> tuple[int, int]:

@@ -168,6 +168,7 @@ def test_a_bound_equal_to_the_ratio_may_round_below_it():
 
 def test_ratios_mean_what_is_written():
     assert int(share(0.29) * 100) == 29 and int(0.29 * 100) == 28
+    assert int(share(0.75, 1 / 3) * 4) == 1 and share(0.75, 1 - (2 / 3) ** 3) == Fraction(19, 36)
     assert count_bounds(30, Setting("m", "weight", 0.2, None, 0.1, 0.3), 1.0) == (3, 9)
     assert count_bounds(10, Setting("m", "weight", 0.2, None, 0.15, 0.35), 1.0) == (2, 3)
 
