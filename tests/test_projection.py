@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_compress.projection import Projection
+from dist_compress.projection import Masked, Projection
 
 
 def linear(weights: list[float]) -> nn.Linear:
@@ -122,3 +122,15 @@ def test_a_parameter_shrunk_in_between_gets_a_latent_of_its_new_size():
     layer.weight = nn.Parameter(layer.weight.detach()[:, :1])
     projection.project()
     assert layer.weight.tolist() == [[0.5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_masked_is_masked_fill_bit_for_bit_whatever_stands_there(dtype):
+    values = torch.tensor([-1.5, 0.0, -0.0, torch.nan, torch.inf, 3.0], dtype=dtype).repeat(4, 1)
+    keep = torch.rand(4, 6) > 0.5
+    for latent in (values, values.t().contiguous().t()):
+        kept = Masked(keep)(latent)
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[latent.element_size()]
+        assert torch.equal(kept.view(bits), latent.masked_fill(~keep, 0).view(bits)) and latent.isnan().any()
+    rows = torch.tensor([[True], [False], [True], [False]])
+    assert torch.equal(Masked(rows)(values).view(bits), values.masked_fill(~rows, 0).view(bits))

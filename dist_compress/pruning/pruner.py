@@ -19,6 +19,7 @@ from dist_compress.config import Config
 from dist_compress.config_list import overrides
 from dist_compress.errors import UserError
 from dist_compress.method import Context, Method
+from dist_compress.projection import Masked
 from dist_compress.pruning import mask as masking
 from dist_compress.pruning import results
 from dist_compress.pruning.activations import Activations, add_fingerprint
@@ -246,7 +247,7 @@ class Pruner(Method):
                 projection.mask_grad(name, None)
                 projection.decay_masked(name, None)
                 continue
-            projection.add(name, "mask", _zeroing(~mask))
+            projection.add(name, "mask", Masked(mask))
             own, decay = soft.get(name, (None, 0.0))
             projection.mask_grad(name, mask if own is None else mask | ~own)
             projection.decay_masked(name, own, decay)
@@ -369,7 +370,3 @@ class Pruner(Method):
         if t == max(self.due):
             for listener in self.listeners.values():
                 listener.close()
-
-
-def _zeroing(gone: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda latent: latent.masked_fill(gone, 0)
