@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dist_compress import strict
 from dist_compress.errors import UserError
+from dist_compress.schema import QuantizationConfig
 
 T = TypeVar("T")
 
@@ -228,6 +229,7 @@ class Config:
     backend: BackendConfig = field(default_factory=BackendConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     speedup: SpeedupConfig = field(default_factory=SpeedupConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: list[str] = field(default_factory=lambda: ["safetensors"])
@@ -261,6 +263,7 @@ _AT_LEAST: dict[str, float] = {
     "pruning.latency.batch_size": 1,
     "pruning.search.evaluations": 0,
     "pruning.search.samples": 1,
+    "quantization.calibration_steps": 1,
     "speedup.round_to": 1,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,

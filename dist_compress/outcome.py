@@ -81,15 +81,28 @@ class Outcome:
             self.summary.update({f"{name}/shrunk": value for name, value in metrics.items()})
             self._save()
 
+    def quantized(self, metrics: dict[str, float]) -> None:
+        """The model right after its calibration, before any training with what was quantized."""
+        if self.active:
+            self.summary.update({f"{name}/quantized": value for name, value in metrics.items()})
+            self._save()
+
+    def folded(self, results: dict[str, Any], difference: float) -> None:
+        """What the quantizer says at the end, and how far the folded model is from the simulated one."""
+        if self.active:
+            self.facts["methods"].update(results)
+            self.summary["verify/folded_max_rel_diff"] = difference
+
     def after(self, model: nn.Module, metrics: dict[str, float]) -> None:
         """The model that is delivered."""
         self._measure("after", model, metrics)
         if self.active:
             self.summary["fingerprint/weights"] = weights_fingerprint(model)
 
-    def exported(self, name: str, difference: float) -> None:
+    def exported(self, name: str, checked: dict[str, float]) -> None:
+        """`checked`: what the check of a format found."""
         if self.active:
-            self.summary[f"export/{name}/max_rel_diff"] = difference
+            self.summary.update({f"export/{name}/{key}": value for key, value in checked.items()})
 
     def latencies(self, dense: nn.Module, small: nn.Module) -> None:
         args, kwargs = self.example

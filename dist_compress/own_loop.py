@@ -95,6 +95,8 @@ class Attached:
                 f"attach: distillation.method={config.distillation.method!r}: the losses of your loop are yours. Add "
                 "dist_compress.distillation.losses.divergence to them, and take distillation out of the recipe."
             )
+        if config.quantization.method is not None:
+            raise UserError("attach: quantization needs the calibration of a run; set quantization.method=null here.")
         self.methods: list[Method] = pruning.build(config)
         if not self.methods:
             raise UserError("attach: the recipe asks for nothing; set pruning.method and pruning.config_list.")

@@ -1,7 +1,8 @@
 """The story of a run, in order. Every function here is collective: every rank calls it.
 
     build -> trace, couple, attach -> train to the dense plateau -> measure -> compress while training
-    -> plan on rank 0, apply everywhere, verify -> fine-tune the small model -> evaluate -> export, check, report
+    -> plan on rank 0, apply everywhere, verify -> calibrate, quantize -> fine-tune the small model
+    -> fold, evaluate -> export, check, report
 
 A run that was stopped goes on from the newest checkpoint of its folder, in the phase the checkpoint was written in;
 one that had finished has a checkpoint of its last step, and only delivers again.
@@ -17,7 +18,7 @@ import yaml
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from dist_compress import backends, comm, cost_file, distillation, export, models, pruning, speedup
+from dist_compress import backends, comm, cost_file, distillation, export, models, pruning, quantization, speedup
 from dist_compress.config import Config, to_yaml
 from dist_compress.duration import duration
 from dist_compress.errors import UserError
@@ -29,14 +30,18 @@ from dist_compress.reporting.reporter import Reporter
 from dist_compress.speedup import Plan, apply, apply_to_state, verify
 from dist_compress.speedup.cost import resize_batch
 from dist_compress.speedup.masking import duplicate
-from dist_compress.target import Coupling
+from dist_compress.target import Coupling, Latencies
 from dist_compress.training import checkpoint, data, determinism, task
 from dist_compress.training.batchnorm import use_sync_batchnorm
+from dist_compress.training.calibration import calibrate
 from dist_compress.training.data.split import Sample
 from dist_compress.training.loop import Trainer
 from dist_compress.training.schedule import run_length
 
 SMALL = "fine-tune"  # the phase of a checkpoint written after the shrink
+QUANTIZED = "quantized"  # ... after quantization began
+CHECKED = 64  # held-out samples on which what is delivered is compared
+FOLD_TOLERANCE = 1e-4  # largest max|folded - simulated| / max|simulated| that may ship
 
 
 def run(config: Config) -> None:
@@ -47,9 +52,11 @@ def run(config: Config) -> None:
     """
     job = Job(config)
     try:
-        if job.compressors and job.trainer.phase != SMALL:
+        if job.compressors and job.trainer.phase not in (SMALL, QUANTIZED):
             job.train_dense()
             job.compress()
+        if job.quantizer and job.trainer.phase != QUANTIZED:
+            job.quantize(job.quantizer)
         job.fine_tune()
         job.deliver()
     except BaseException:
@@ -79,14 +86,17 @@ class Job:
         self.length = run_length(config, self.data.train.num_samples)
         self.projection = Projection(self.model)
         self.methods = [*pruning.build(config), *distillation.build(config, self.data.train, self.teacher_model)]
+        self.quantizer = quantization.build(config)
         self.compressors = [method for method in self.methods if method.compresses]
         self.plan: Plan | None = None
         self.coupling = Coupling()
         self.attach()
         newest = checkpoint.latest(self.run_dir)
         phase = checkpoint.read_meta(newest)["phase"] if newest else ""
-        if phase == SMALL:
+        if self.compressors and phase in (SMALL, QUANTIZED):
             self.detach(comm.on_rank0(lambda: Plan.load(self.run_dir)) if config.speedup.enabled else None)
+        if self.quantizer and phase == QUANTIZED:
+            self.attach_quantizer(self.quantizer)
         self.reporter = Reporter(config, self.run_dir, self.length.total_steps, resumed=newest is not None)
         self.outcome = Outcome(config, self.run_dir, self.example, resumed=newest is not None)
         self.outcome.coupled(self.coupling, self.model)
@@ -137,15 +147,24 @@ class Job:
             return
         if self.compressors:
             self.coupling = comm.on_rank0(lambda: speedup.coupling(self.model, *self.example, **self.settings()))
-        length, resumed = self.length, checkpoint.latest(self.run_dir) is not None
-        context = Context(
-            self.config, self.model, self.projection, self.coupling,
-            length.num_micro, length.total_steps, length.steps_per_epoch, self.example,
-            cost_file.latencies(self.config, self.model, self.example, self.run_dir, resumed),
-            self.calibrate,
-        )  # fmt: skip
+        resumed = checkpoint.latest(self.run_dir) is not None
+        costs = cost_file.latencies(self.config, self.model, self.example, self.run_dir, resumed)
+        context = self.context(costs)
         for method in self.methods:
             method.attach(context)
+
+    def context(self, costs: Latencies | None = None) -> Context:
+        """What methods are given that attach now. Local."""
+        length = self.length
+        return Context(
+            self.config, self.model, self.projection, self.coupling,
+            length.num_micro, length.total_steps, length.steps_per_epoch, self.example, costs, self.calibrate,
+        )  # fmt: skip
+
+    def attach_quantizer(self, quantizer: quantization.Quantizer) -> None:
+        """To the model in its final shape, after the other methods."""
+        quantizer.attach(self.context())
+        self.methods = [*self.methods, quantizer]
 
     def calibrate(self, num_samples: int) -> dict[str, float]:
         """Metrics of the model as it is now on so many training samples, drawn by the seed, without augmentation."""
@@ -260,6 +279,44 @@ class Job:
                 worst = max(worst, verify(_outputs(masked, inputs), _outputs(self.model, inputs)))
         return worst
 
+    def quantize(self, quantizer: quantization.Quantizer) -> None:
+        """Train up to where quantization begins, calibrate on training data, and go on with everything quantized."""
+        length, shrunk_at = self.length, self.trainer.step if self.compressors else None
+        self.trainer.train(until=quantizer.begins_at(length.total_steps, length.steps_per_epoch, shrunk_at))
+        self.trainer.settle()
+        metrics = self.evaluate()
+        if not self.compressors:
+            self.outcome.before(self.model, metrics)
+            self.reporter.event(self.outcome.line("before"), self.trainer.step)
+        self.attach_quantizer(quantizer)
+        self.trainer.methods = self.methods
+        self.trainer.rebuild(lambda moments: moments)
+        calibrate(self.trainer, quantizer, self.config.quantization.calibration_steps)
+        quantizer.begin()
+        for line in quantizer.notes():
+            self.reporter.event(line, self.trainer.step)
+        self.outcome.quantized(self.evaluate())
+        self.reporter.event(self.outcome.line("quantized"), self.trainer.step)
+        self.trainer.phase = QUANTIZED
+        self.trainer.save()
+
+    def fold(self, quantizer: quantization.Quantizer) -> None:
+        """Fold norms for good: the model that is left must be the one that was simulated. Then round the biases."""
+        self.projection.project()
+        real = self.data.example(CHECKED)
+        quantizer.measure(*real)
+        with quantizer.float_activations():
+            simulated = _outputs(self.model, real)
+            quantizer.detach()
+            difference = verify(simulated, _outputs(self.model, real))
+        if not difference <= FOLD_TOLERANCE:
+            raise RuntimeError(
+                f"simulated and folded model differ by {difference:.3g} (relative), more than {FOLD_TOLERANCE:g}: "
+                "nothing is exported. The statistics of a BatchNorm are extreme; train on or exclude its layer."
+            )
+        quantization.round_biases(self.model)
+        self.outcome.folded(quantizer.results(), difference)
+
     def fine_tune(self) -> None:
         self.trainer.train(until=self.length.total_steps)
 
@@ -268,8 +325,10 @@ class Job:
         self.trainer.settle()
         if self.length.total_steps and not checkpoint.has(self.run_dir, self.trainer.step):
             self.trainer.save()  # so that whatever stops the delivery, training is done
+        if self.quantizer:
+            self.fold(self.quantizer)
         metrics = self.evaluate()
-        if not self.compressors:  # training alone, with or without a teacher, or evaluation alone
+        if not (self.compressors or self.quantizer):  # training alone, with or without a teacher, or evaluation alone
             self.outcome.before(self.model, metrics)
         self.outcome.after(self.model, metrics)
         self.projection.finish()
@@ -279,8 +338,10 @@ class Job:
 
         def ship() -> None:
             for name in self.config.export:
-                export.find(name).export(self.run_dir, self.model, self.plan, self.config, self.example)
-                self.outcome.exported(name, export.find(name).check(self.run_dir, self.model, self.example))
+                format = export.find(name)
+                format.export(self.run_dir, self.model, self.plan, self.config, self.example)
+                held_out = self.data.example(getattr(format, "NUM_CHECKED", 2))
+                self.outcome.exported(name, format.check(self.run_dir, self.model, held_out))
             self.outcome.latencies(self.dense_model(), self.model)
             self.reporter.summary(self.outcome.finish(stored))
 

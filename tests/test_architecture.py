@@ -29,6 +29,7 @@ LAYERS = [
     ["fingerprint", "target", "selection", "blocks", "linear_form", "calling", "comm"],
     ["duration", "hashing"],
     ["config"],
+    ["schema"],
     ["strict"],
     ["errors"],
 ]

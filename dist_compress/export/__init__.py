@@ -2,8 +2,9 @@
 
 A format is a module with
     export(run_dir, model, plan, config, example)   writes the files
-    check(run_dir, model, example) -> float         loads them and compares outputs with those of `model`
-both for rank 0 only. `example` is (args, kwargs) of a call.
+    check(run_dir, model, example) -> {name: value}   loads them and compares outputs with those of `model`
+both for rank 0 only. `example` is (args, kwargs) of a call, with two held-out samples; the check of a format that has
+a number `NUM_CHECKED` is given so many.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
     model.json          how to build the dense architecture (models.describe), its number of classes
     plan.json           what was kept of it (speedup.Plan, its index tensors beside it); only of a pruned model
+    quantization.json   what is quantized, and how (quantization/deploy.py); only of a quantized model
     model.safetensors   the weights, each contiguous, tied ones under their first name; masks of activations that stayed
 
 `load` undoes it, on any machine that has the architecture's library.
@@ -23,14 +24,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dist_compress import models
+from dist_compress import models, quantization
 from dist_compress.config import Config, ModelConfig
 from dist_compress.errors import UserError
 from dist_compress.pruning.activation_mask import restore, shipped
 from dist_compress.speedup.apply import apply
 from dist_compress.speedup.plan import Plan
 
-_FORMAT = 1  # of model.json
+_FORMAT = 2  # of model.json
 
 
 def export(run_dir: str | Path, model: nn.Module, plan: Plan | None, config: Config, example: Any) -> None:
@@ -41,17 +42,21 @@ def export(run_dir: str | Path, model: nn.Module, plan: Plan | None, config: Con
     run_dir = Path(run_dir)
     num_classes = config.model.num_classes or _num_outputs(model, example)
     masks, tensors = shipped(model)
+    quantized = quantization.describe(model)
     description = {
         "format": _FORMAT,
         "model": models.describe(config.model, model),
         "num_classes": num_classes,
         "pruned": plan is not None,
+        "quantized": quantized is not None,
         "channels_last": any(map(_is_channels_last, model.parameters())),
         "activation_masks": masks,
     }
     with _atomic_folder(run_dir) as folder:
         if plan is not None:
             plan.save(folder)
+        if quantized is not None:
+            (folder / "quantization.json").write_text(json.dumps(quantized, indent=1) + "\n", encoding="utf-8")
         save_file(_state(model) | _plain(tensors), folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
@@ -81,14 +86,17 @@ def load(folder: str | Path, trust: bool = False) -> nn.Module:
     if description["pruned"]:
         apply(model, Plan.load(folder))
     restore(model, description["activation_masks"])
+    if description["quantized"]:
+        quantization.rebuild(model, json.loads((folder / "quantization.json").read_text(encoding="utf-8")))
     models.load_weights(model, folder / "model.safetensors", key="load")
     if description["channels_last"]:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval()
 
 
-def check(run_dir: str | Path, model: nn.Module, example: Any, tolerance: float = 1e-6) -> float:
-    """Loads `run_dir`, compares outputs with `model` on `example`: max |difference| / max |output|. Rank 0 only.
+def check(run_dir: str | Path, model: nn.Module, example: Any, tolerance: float = 1e-6) -> dict[str, float]:
+    """Loads `run_dir`, compares outputs with `model` on `example`: {"max_rel_diff": max |difference| / max |output|}.
+    Rank 0 only.
 
     Raises RuntimeError above `tolerance`. 0.0 is normal; some kernels of a GPU vary from call to call.
     """
@@ -102,7 +110,7 @@ def check(run_dir: str | Path, model: nn.Module, example: Any, tolerance: float 
             f"export=[safetensors]: the model loaded from {run_dir} differs from the one exported by "
             f"{difference:.3g} (relative; at most {tolerance:.0e} is allowed). Its weights or its plan are not whole."
         )
-    return difference
+    return {"max_rel_diff": difference}
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:
@@ -185,7 +193,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
         known = {
-            key: description[key] for key in ("format", "model", "num_classes", "pruned", "channels_last")
+            key: description[key] for key in ("format", "model", "num_classes", "pruned", "quantized", "channels_last")
         }
         ModelConfig(**known["model"])
         known["activation_masks"] = description.get("activation_masks", [])

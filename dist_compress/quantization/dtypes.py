@@ -50,6 +50,7 @@ DTYPES: dict[str, QuantDtype] = {
     "fp8_e4m3": QuantDtype("fp8_e4m3", -448, 448, torch.float8_e4m3fn),
     "fp8_e5m2": QuantDtype("fp8_e5m2", -57344, 57344, torch.float8_e5m2),
 }
+BIAS = QuantDtype("int32", -(2**31), 2**31 - 1, torch.int32)  # what integer kernels add; not for users to choose
 SCHEMES = ("affine", "symmetric", "symmetric_restricted")
 
 

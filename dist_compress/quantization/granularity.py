@@ -1,7 +1,7 @@
 """Granularity: what of a tensor shares one scale. Frozen types; each says how it cuts a shape into blocks.
 
     type                        shape             scale shape
-    PerTensor()                 [8, 16, 3, 3]     [1, 1, 1, 1]
+    PerTensor()                 [8, 16, 3, 3]     [1]
     PerChannel(dim=0)           [8, 16, 3, 3]     [8, 1, 1, 1]
     PerChannel(dim=1)           [32, 16, 7, 7]    [1, 16, 1, 1]
     PerGroup(size=4)            [8, 16]           [8, 4]         groups of 4 along the last dim
@@ -9,7 +9,7 @@
     PerBlock((4, 4))            [8, 16]           [2, 4]         tiles over the last dims
     PerBlock((1, -1))           [8, 16]           [8, 1]         -1: the whole dim
 
-A scale has as many dims as its tensor, one entry for each block.
+A scale has as many dims as its tensor, one entry for each block; that of a whole tensor fits any number of dims.
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ class Granularity:
 class PerTensor(Granularity):
     def sizes(self, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(shape)
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return (1,)
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ def rows(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
 
 def spread(scale: torch.Tensor, shape: Sequence[int], granularity: Granularity) -> torch.Tensor:
     """The scale, of the shape `scale_shape`, in a shape that broadcasts to the tensor's."""
+    if scale.shape == (1,):
+        return scale
     for dim, (n, k) in enumerate(zip(shape, granularity.sizes(shape), strict=True)):
         if k not in (1, n):
             scale = scale.repeat_interleave(k, dim)

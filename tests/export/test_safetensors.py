@@ -48,7 +48,7 @@ def test_a_pruned_model_comes_back_bit_for_bit(tmp_path, shrunk):
     assert sorted(f.name for f in tmp_path.iterdir()) == [
         "model.json", "model.safetensors", "plan.json", "plan.safetensors",
     ]  # fmt: skip
-    assert safetensors.check(tmp_path, small, EXAMPLE) == 0.0
+    assert safetensors.check(tmp_path, small, EXAMPLE) == {"max_rel_diff": 0.0}
     assert small.training
     loaded = dist_compress.load(tmp_path)
     assert not loaded.training and loaded.layer1[0].conv1.weight.shape == (8, 16, 3, 3)
@@ -94,14 +94,14 @@ def test_every_source_comes_back(tmp_path, config):
     model = trained(config, num_classes=3 if config.num_classes else 7)
     safetensors.export(tmp_path, model, None, Config(model=config), EXAMPLE)
     assert json.loads((tmp_path / "model.json").read_text())["num_classes"] == 7
-    assert safetensors.check(tmp_path, model, EXAMPLE) == 0.0
+    assert safetensors.check(tmp_path, model, EXAMPLE) == {"max_rel_diff": 0.0}
 
 
 def test_the_memory_layout_comes_back(tmp_path):
     model = trained().to(memory_format=torch.channels_last)
     safetensors.export(tmp_path, model, None, Config(), EXAMPLE)
     assert dist_compress.load(tmp_path).conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    assert safetensors.check(tmp_path, model, EXAMPLE) == 0.0
+    assert safetensors.check(tmp_path, model, EXAMPLE) == {"max_rel_diff": 0.0}
 
 
 class Tied(nn.Module):
@@ -119,7 +119,7 @@ def test_ties_are_saved_once_and_come_back_tied(tmp_path, monkeypatch):
     config, example = ModelConfig(target={"_target_": "their_models.Tied"}), ((torch.randn(2, 4),), {})
     model = Tied()
     safetensors.export(tmp_path, model, None, Config(model=config), example)
-    assert safetensors.check(tmp_path, model, example) == 0.0
+    assert safetensors.check(tmp_path, model, example) == {"max_rel_diff": 0.0}
     loaded = dist_compress.load(tmp_path, trust=True)
     assert loaded.a.weight is loaded.b.weight
 
@@ -153,7 +153,7 @@ def test_a_pruned_model_of_ties_and_rewritten_graphs_comes_back(tmp_path, monkey
     small = apply(copy.deepcopy(model), plan)
     assert set(plan.graphs) == {""} and small.qkv.weight.shape == (18, 7)
     safetensors.export(tmp_path, small, plan, Config(model=config), ((words,), {}))
-    assert safetensors.check(tmp_path, small, ((words,), {})) == 0.0
+    assert safetensors.check(tmp_path, small, ((words,), {})) == {"max_rel_diff": 0.0}
     loaded = dist_compress.load(tmp_path, trust=True)
     assert loaded.classify.weight is loaded.embed.weight and loaded.embed.weight.shape == (11, 7)
     assert speedup.verify(wanted, loaded(words)) < 1e-6

@@ -18,7 +18,7 @@ from dist_compress.quantization.granularity import (
 )
 
 CASES = [
-    (PerTensor(), [8, 16, 3, 3], [1, 1, 1, 1]),
+    (PerTensor(), [8, 16, 3, 3], [1]),
     (PerChannel(dim=0), [8, 16, 3, 3], [8, 1, 1, 1]),
     (PerChannel(dim=1), [32, 16, 7, 7], [1, 16, 1, 1]),
     (PerChannel(dim=-1), [32, 16], [1, 16]),

@@ -1,0 +1,204 @@
+"""`quantization.config_list`: which tensors are targets, and how each of them is quantized.
+
+Keys and their meaning follow the NNI 3.0 config list; `dist_compress.config_list` merges the entries, here is what is
+quantization's own. Without any entry every convolution and linear layer is a target: its input and its weight.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from typing import Any
+
+from torch import nn
+
+from dist_compress import blocks, method
+from dist_compress.config import QuantizationConfig, merge
+from dist_compress.config_list import Entry, Noun, in_model_order
+from dist_compress.config_list import merge as merge_entries
+from dist_compress.errors import UserError
+from dist_compress.quantization import dtypes
+from dist_compress.quantization.fake_quant import FakeQuantize, Spec
+from dist_compress.quantization.granularity import (
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+)
+from dist_compress.quantization.setting import Setting
+from dist_compress.selection import Modules, weight_dims
+from dist_compress.sites import Sites
+
+LAYERS = tuple(f"{kind}{n}d" for kind in ("Conv", "ConvTranspose") for n in (1, 2, 3)) + ("Linear", "Conv1D")
+NAMES = ("default", "per_tensor", "per_channel", "out_channel", "in_channel", "per_token")
+APPLY = ("default", "clamp_round", "qat_clamp_round")
+
+
+class _Quantization(Noun[Setting]):
+    setting = Setting
+    takes_back = ("quant_dtype", "quant_scheme", "granularity", "apply_method", "fuse_names")
+    belongs = {"method": "options"}
+
+    def values(self, given: dict[str, Any], where: str) -> dict[str, Any]:
+        for key, value in given.items():
+            if key in self.takes_back and value is None:
+                continue
+            path = f"{where}.{key}"
+            if key == "granularity":
+                _check_granularity(value, path)
+            elif key == "fuse_names":
+                _check_fuse_names(value, path)
+            elif key == "options":
+                if not isinstance(value, dict):
+                    raise UserError(f"{path}={value!r} must be a mapping of the method's options.")
+            elif not isinstance(value, str):
+                raise UserError(f"{path}={value!r} must be a name, such as int8 for quant_dtype.")
+            elif key == "apply_method" and value not in APPLY:
+                raise UserError(f"{path}={value!r}: no such choice. Available: {', '.join(APPLY)}.")
+            elif key == "quant_dtype" and value not in (*dtypes.DTYPES, "default"):
+                raise UserError(f"{path}={value!r}: no such choice. Available: {', '.join(dtypes.DTYPES)}.")
+            elif key == "quant_scheme" and value not in (*dtypes.SCHEMES, "default"):
+                raise UserError(f"{path}={value!r}: no such choice. Available: {', '.join(dtypes.SCHEMES)}.")
+        return given
+
+    def usual(self, module: nn.Module, entry: Entry) -> list[str]:
+        if type(module).__name__ in LAYERS:
+            return ["_input_0", "weight"]
+        return ["weight"] if weight_dims(module) >= 2 else ["_output_0"]
+
+    def unfit(self, modules: Modules, entry: Entry) -> str:
+        wanted = " or ".join(entry.target_names) or "input, output or weight"
+        return f"no {wanted} to quantize: it did not run on the example input."
+
+
+QUANTIZATION = _Quantization()
+
+
+def resolve(
+    config: QuantizationConfig, model: nn.Module, sites: Sites, reduce_range: bool = False
+) -> list[Setting]:
+    """The targets in model order, every "default" settled. `reduce_range`: int8 weights have 7 bits. Local, the same on
+    every rank. Raises UserError."""
+    entries = config.config_list or [{"op_types": sorted({type(m).__name__ for m in model.modules()} & {*LAYERS})}]
+    if not entries[0].get("op_types") and not config.config_list:
+        raise UserError("quantization.config_list is empty and the model has no convolution or linear layer. Add one.")
+    merged = merge_entries(QUANTIZATION, entries, config.default_settings, model, sites)
+    for setting in merged.values():
+        if isinstance(model.get_submodule(setting.module), nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            raise UserError(f"{setting.sources['']} selects {setting.module}, a container. Name modules inside of it.")
+        _settle(setting, config)
+        if reduce_range and not setting.is_activation and setting.quant_dtype == "int8":
+            setting.quant_dtype = "int7"
+    return in_model_order(merged, model)
+
+
+def _settle(setting: Setting, config: QuantizationConfig) -> None:
+    """What no entry set."""
+    if "method" not in setting.sources:
+        if config.method is None:
+            raise UserError(
+                f"{setting.sources['']} sets no method for {setting.name}, nor does quantization.method. Set one."
+            )
+        setting.method, setting.options = config.method, {**config.options, **setting.options}
+    kind = fake_quantize_class(setting)
+    if setting.quant_dtype == "default":
+        setting.quant_dtype = "uint8" if setting.is_activation else "int8"
+    dtype = dtypes.DTYPES[setting.quant_dtype]
+    if setting.quant_scheme == "default":
+        if dtype.is_float:
+            setting.quant_scheme = "symmetric"
+        elif setting.is_activation or not dtype.is_signed:
+            setting.quant_scheme = "affine"
+        else:
+            setting.quant_scheme = kind.weight_scheme
+    if setting.apply_method == "default":
+        setting.apply_method = kind.apply_method
+    if setting.granularity == "default":
+        setting.granularity = "per_tensor" if setting.is_activation else "out_channel"
+
+
+def fake_quantize_class(setting: Setting) -> type[FakeQuantize]:
+    """The subclass of FakeQuantize that the file of a method defines. Local. Raises UserError."""
+    module = method.load("quantization", setting.said_by("method").partition("=")[0], setting.method)
+    found = [
+        kind
+        for _, kind in inspect.getmembers(module, inspect.isclass)
+        if issubclass(kind, FakeQuantize) and kind.__module__ == module.__name__
+    ]
+    if len(found) != 1 or not hasattr(module, "Options"):
+        raise UserError(
+            f"{setting.said_by('method')}: {module.__name__} must define one subclass of FakeQuantize and a dataclass "
+            "`Options`, empty if need be."
+        )
+    return found[0]
+
+
+def build(setting: Setting, model: nn.Module, sites: Sites) -> FakeQuantize:
+    """The quantizer of a target, on the device of the model. Local. Raises UserError."""
+    kind = fake_quantize_class(setting)
+    options = importlib.import_module(kind.__module__).Options
+    module = model.get_submodule(setting.module)
+    if setting.is_activation:
+        shape: tuple[int, ...] = sites.site(setting.module, setting.target).shape
+    else:
+        shape = tuple(model.get_parameter(setting.path).shape)
+    what = f"{setting.name}: {setting.said_by('granularity')}"
+    granularity = _granularity(setting, shape, type(module).__name__, what)
+    granularity.check(shape, what)
+    dtype = dtypes.find(setting.quant_dtype, setting.quant_scheme, f"{setting.name}: {setting.said_by('quant_scheme')}")
+    masked = setting.apply_method == "qat_clamp_round"
+    spec = Spec(dtype, setting.quant_scheme, granularity, masked, setting.is_activation)
+    device = next(model.parameters()).device
+    options_key = f"{setting.sources.get('options', 'quantization')}.options"
+    return kind(spec, shape, merge(options, setting.options, options_key), device)
+
+
+def _granularity(setting: Setting, shape: tuple[int, ...], kind: str, what: str) -> Granularity:
+    value = setting.granularity
+    if isinstance(value, list):
+        kernel, mode, pad = value if isinstance(value[0], list) else (value, "front", 1)
+        if len(kernel) > len(shape):
+            raise UserError(f"{what} has {len(kernel)} sizes, but the tensor has {len(shape)} dimensions.")
+        filling = [pad] * (len(shape) - len(kernel))
+        sizes = (*filling, *kernel) if mode == "front" else (*kernel, *filling)
+        if setting.is_activation and sizes[0] != -1:
+            raise UserError(f"{what}: the first dimension of an activation is the batch, and must be taken whole: -1.")
+        return PerBlock(sizes)
+    if group := re.fullmatch(r"per_group\((\d+)\)", value):
+        size = int(group[1])
+        return PerBlock((*[-1] * (len(shape) - 1), size)) if setting.is_activation else PerGroup(size)
+    if value == "per_tensor" or len(shape) < 2 and not setting.is_activation:
+        return PerTensor()
+    if value == "per_token":
+        if not setting.is_activation:
+            raise UserError(f"{what}: a parameter has per_tensor, out_channel, in_channel and per_group(size).")
+        return PerToken()
+    if setting.is_activation:
+        if value != "per_channel" or len(shape) < 2:
+            raise UserError(f"{what}: an activation has per_tensor, per_channel, per_token and per_group(size).")
+        return PerChannel(1)
+    return PerChannel(blocks.channel_dim(kind, len(shape), "in_channel" if value == "in_channel" else "out_channel"))
+
+
+def _check_granularity(value: Any, path: str) -> None:
+    if isinstance(value, str) and (value in NAMES or re.fullmatch(r"per_group\([1-9]\d*\)", value)):
+        return
+    if isinstance(value, list) and value:
+        blocks.parse(value, path)
+        return
+    raise UserError(
+        f"{path}={value!r}: allowed are {', '.join(NAMES)}, per_group(32) and the like, and block sizes such as [4, 4]."
+    )
+
+
+def _check_fuse_names(value: Any, path: str) -> None:
+    good = isinstance(value, list) and all(
+        isinstance(names, list) and len(names) >= 2 and all(isinstance(name, str) for name in names) for names in value
+    )
+    if not good:
+        raise UserError(f"{path}={value!r} must be a list of lists of modules in a row, such as [[conv1, bn1, relu]].")
+
+

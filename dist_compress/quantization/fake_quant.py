@@ -1,0 +1,136 @@
+"""One tensor's quantizer: its scale and zero point, where they come from, and what the tensor becomes.
+
+A method is a subclass, alone in a file of `methods/` beside its dataclass `Options`. For an activation the module is
+called in the data flow. For a weight `compress` is what the projection applies, and the gradient with respect to the
+compressed weight is turned into that of the latent by `weight_gradient`. Scale and zero point are buffers (or, where
+they are learned, a parameter), so they are in every checkpoint of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_compress.quantization.affine import fake_quantize, in_range, qparams, simulate
+from dist_compress.quantization.dtypes import QuantDtype
+from dist_compress.quantization.granularity import Granularity, rows, spread
+from dist_compress.quantization.observer import Measured, Observer
+from dist_compress.quantization.search import STEPS
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How a tensor is quantized, whatever the method."""
+
+    dtype: QuantDtype
+    scheme: str
+    granularity: Granularity
+    masked: bool  # the gradient stops where a value is clipped: qat_clamp_round
+    is_activation: bool
+
+
+class FakeQuantize(nn.Module):
+    """The base: a range taken from an observer (activations) or from the tensor itself (parameters)."""
+
+    trains = True  # the model is trained with it; False: it is put on when training is over
+    refits = True  # the range of a parameter is taken from it again at every step
+    weight_scheme = "symmetric_restricted"  # what quant_scheme: default means for a signed dtype
+    apply_method = "qat_clamp_round"  # what apply_method: default means
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def __init__(self, spec: Spec, shape: Sequence[int], options: Any, device: torch.device | str = "cpu") -> None:
+        """`shape`: of the parameter, or of the activation on an example."""
+        super().__init__()
+        self.spec, self.options = spec, options
+        self.place: tuple[str, str] = ("", "")  # (module, target) where it was installed
+        scale_shape = (1,) if spec.granularity.dynamic else spec.granularity.scale_shape(shape)
+        self.register_buffer("scale", torch.ones(scale_shape, device=device))
+        self.register_buffer("zero_point", torch.zeros(scale_shape, dtype=torch.int32, device=device))
+        observed = spec.is_activation and not spec.granularity.dynamic
+        self.observer: Observer | None = self.new_observer(shape, device) if observed else None
+        self.enabled = False  # what comes out is quantized
+        self.hearing = False  # what comes in is observed
+        self.measured: list[Measured] = []  # by this forward pass, not yet counted
+        self.watch: Callable[[torch.Tensor, torch.Tensor], None] | None = None  # is shown (before, after)
+
+    def new_observer(self, shape: Sequence[int], device: torch.device | str) -> Observer:
+        """The observer of an activation."""
+        return Observer(self.spec.granularity, shape, device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The activation as the next module sees it, of the shape and dtype of `x`."""
+        if self.hearing and self.observer is not None:
+            self.measured.append(self.observer.measure(x))
+        if not self.enabled:
+            return x
+        out = self.quantized(x, *self.scales_for(x))
+        if self.watch is not None:
+            self.watch(x, out)
+        return out
+
+    def scales_for(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point that broadcast to `x`."""
+        if self.spec.granularity.dynamic:
+            low, high = torch.aminmax(x.detach().float(), dim=-1, keepdim=True)
+            return qparams(low, high, self.spec.dtype, self.spec.scheme)
+        spec, shape = self.spec, x.shape
+        return spread(self.scale, shape, spec.granularity), spread(self.zero_point, shape, spec.granularity)
+
+    def quantized(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+        """Fake-quantized, with the gradient of the method."""
+        return simulate(x, scale, zero_point, self.spec.dtype, self.spec.masked)
+
+    def set_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Scale and zero point of ranges [low, high], of the scale's shape. Local."""
+        scale, zero_point = qparams(low, high, self.spec.dtype, self.spec.scheme)
+        with torch.no_grad():
+            self.scale.copy_(scale.view_as(self.scale))
+            self.zero_point.copy_(zero_point.view_as(self.zero_point))
+
+    def begin(self) -> None:
+        """The calibration is over: take the range of an activation from it. Local, the same on every rank."""
+        if self.observer is not None:
+            self.set_range(*self.observer.range())
+
+    def follow(self) -> None:
+        """A training step was observed: take the range of the next one from it. Local, the same on every rank."""
+        if self.observer is not None:
+            self.set_range(*self.observer.range())
+
+    def fit(self, weight: torch.Tensor) -> None:
+        """Take the range of a parameter from it, before it is compressed. Local."""
+        cut = rows(weight.detach().float(), self.spec.granularity)
+        self.set_range(*torch.aminmax(cut, dim=1))
+
+    @torch.no_grad()
+    def compress(self, weight: torch.Tensor) -> torch.Tensor:
+        """A parameter as the model sees it, of the same shape and dtype, with scale and zero point as they are."""
+        return fake_quantize(weight, *self.scales_for(weight), self.spec.dtype)
+
+    @torch.no_grad()
+    def weight_gradient(self, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """From the reduced gradient with respect to what `compress(weight)` gave, that with respect to `weight`; the
+        same on every rank. Learned scales get theirs here."""
+        if not self.spec.masked or self.refits:  # a range that is the weight's own clips nothing
+            return grad
+        return grad * in_range(weight, *self.scales_for(weight), self.spec.dtype)
+
+
+def best_range(weight: torch.Tensor, spec: Spec) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each block the range k / STEPS of its own extent with the smallest squared error, the widest of equals."""
+    cut = rows(weight.detach().float(), spec.granularity)
+    low, high = torch.aminmax(cut, dim=1, keepdim=True)
+    best = torch.full_like(low, float("inf"), dtype=torch.float64)
+    share = torch.ones_like(low)
+    for k in range(STEPS, STEPS // 5, -1):
+        scale, zero_point = qparams(low * (k / STEPS), high * (k / STEPS), spec.dtype, spec.scheme)
+        error = (cut - fake_quantize(cut, scale, zero_point, spec.dtype)).double().square().sum(1, keepdim=True)
+        share = torch.where(error < best, k / STEPS, share)
+        best = torch.minimum(best, error)
+    return (low * share)[:, 0], (high * share)[:, 0]

@@ -1,0 +1,43 @@
+"""Forward passes that are only looked at: the steps of a calibration, in evaluation mode and without gradients.
+
+Micro-batch j of a step goes to rank j mod N, as in training. The samples are those of the first steps of the training
+stream, without augmentation.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from dist_compress import comm
+from dist_compress.training.evaluation import autocast, call
+from dist_compress.training.loop import Trainer
+
+
+class Listener(Protocol):
+    calibrating: bool
+
+    def count_pass(self) -> None:
+        """A forward pass of this rank has ended. Local."""
+
+    def end_step(self) -> None:
+        """The step has ended on this rank. Collective."""
+
+
+@torch.no_grad()
+def calibrate(trainer: Trainer, listener: Listener, num_steps: int) -> None:
+    """Show `listener` the model on `num_steps` global batches. Collective; no number depends on the ranks."""
+    model, split, stream = trainer.model, trainer.data.train, trainer.feed.stream
+    was_training = model.training
+    model.eval()
+    listener.calibrating = True
+    for step in range(num_steps):
+        for micro in range(comm.rank(), trainer.length.num_micro, comm.world_size()):
+            batch = split.batch(stream.micro(step, micro)[0], None)
+            with autocast(trainer.config.train.precision):
+                call(model, batch["inputs"])
+            listener.count_pass()
+        listener.end_step()
+    listener.calibrating = False
+    model.train(was_training)

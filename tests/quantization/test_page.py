@@ -1,0 +1,44 @@
+"""docs/quantization.md: its examples attach to resnet20, and it has every key, dtype, method and option."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dist_compress import config, models, quantization
+from dist_compress.method import Context
+from dist_compress.projection import Projection
+from dist_compress.quantization import dtypes, methods
+from dist_compress.quantization.config_list import APPLY, NAMES
+from dist_compress.quantization.setting import Setting
+from dist_compress.target import Coupling
+
+PAGE = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text()
+EXAMPLES = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_examples_attach(number):
+    loaded = config.load(yaml.safe_load(EXAMPLES[number]))
+    model = models.build(loaded.model, 10, 0)
+    quantizer = quantization.build(loaded)
+    assert quantizer is not None
+    example = ((torch.randn(2, 3, 16, 16),), {})
+    quantizer.attach(Context(loaded, model, Projection(model), Coupling(), 1, 1, 1.0, example))
+    assert len(quantizer.parameters) == 20 if number else len(quantizer.activations) == 39
+
+
+def test_nothing_is_missing():
+    dtyped = {"fp8_e4m3", "fp8_e5m2", "int2", "int8", "uint2", "uint8", "int16"}
+    wanted = {*Setting.keys(), *dtypes.SCHEMES, *APPLY, *NAMES, *dtyped}
+    for module in pkgutil.iter_modules(methods.__path__):
+        options = importlib.import_module(f"{methods.__name__}.{module.name}").Options
+        wanted |= {module.name, *(field.name for field in dataclasses.fields(options))}
+    assert {name for name in wanted if f"`{name}`" not in PAGE and f"`{name}:" not in PAGE} == set()
