@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dist_compress import strict
 from dist_compress.errors import UserError
-from dist_compress.schema import QuantizationConfig
+from dist_compress.schema import CheckpointConfig, LaunchConfig, LoggerConfig, QuantizationConfig
 
 T = TypeVar("T")
 
@@ -195,26 +195,6 @@ class SpeedupConfig:
     round_to: int = 1  # kept counts of dims that shrink are multiples of it
     keep: list[str] = field(default_factory=list)  # names or patterns of parameters and modules that stay whole
     barrier: list[str] = field(default_factory=list)  # of modules: all that their operators touch stays whole
-
-
-@dataclass
-class CheckpointConfig:
-    every_steps: int | None = None
-    keep: int = 2
-
-
-@dataclass
-class LoggerConfig:
-    name: str = "wandb"  # wandb | none; metrics.jsonl is always written
-    project: str = "dist_compress"
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
-    mode: str | None = None  # None: WANDB_MODE, else offline
-
-
-@dataclass
-class LaunchConfig:
-    nproc_per_node: int = 2  # ranks of each point of a sweep
 
 
 @dataclass

@@ -16,3 +16,23 @@ class QuantizationConfig:
     config_list: list[dict[str, Any]] = field(default_factory=list)  # []: all convolutions and linear layers
     default_settings: dict[str, Any] = field(default_factory=dict)  # {module type: {target: {key: value}}}
     reduce_range: bool | None = None  # weights of 7 bits; None: where ONNX is exported and the CPU needs it
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int | None = None
+    keep: int = 2
+
+
+@dataclass
+class LoggerConfig:
+    name: str = "wandb"  # wandb | none; metrics.jsonl is always written
+    project: str = "dist_compress"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    mode: str | None = None  # None: WANDB_MODE, else offline
+
+
+@dataclass
+class LaunchConfig:
+    nproc_per_node: int = 2  # ranks of each point of a sweep
