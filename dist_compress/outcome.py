@@ -134,13 +134,18 @@ class Outcome:
             self.run_dir,
             config_yaml=to_yaml(self.config),
             summary=self.summary,
-            layers=self._layers(),
             asked_but_kept=self.facts["kept"],
             history=read(self.run_dir / "events.jsonl"),
             metrics=read(self.run_dir / "metrics.jsonl"),
             decisions=self.facts["methods"].get("decisions", []),
+            **self.shown(),
         )
         return self.summary
+
+    def shown(self) -> dict[str, list[dict[str, Any]]]:
+        """What the pictures and tables of pruning show: `layers`, `targets`, `kept_channels`, `scores`."""
+        own = {name: self.facts["methods"].get(name, []) for name in ("targets", "kept_channels", "scores")}
+        return {"layers": self._layers(), **own}
 
     def line(self, when: str) -> str:
         """One line for the console: "before: accuracy 98.33 %, loss 0.0712". "" on other ranks than 0."""

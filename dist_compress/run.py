@@ -343,7 +343,7 @@ class Job:
                 held_out = self.data.example(getattr(format, "NUM_CHECKED", 2))
                 self.outcome.exported(name, format.check(self.run_dir, self.model, held_out))
             self.outcome.latencies(self.dense_model(), self.model)
-            self.reporter.summary(self.outcome.finish(stored))
+            self.reporter.summary(self.outcome.finish(stored), self.outcome.shown())
 
         comm.on_rank0(ship)
         self.reporter.close()

@@ -15,9 +15,7 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-from torch import nn
 
-from dist_compress.config import AtMostConfig
 from dist_compress.errors import UserError
 from dist_compress.method import Context
 from dist_compress.pruning import costs
@@ -26,7 +24,6 @@ from dist_compress.pruning.costs import Cost
 from dist_compress.pruning.setting import AT_MOST, Setting
 from dist_compress.pruning.sparsity import Ranked, by_share, count_bounds, share
 from dist_compress.pruning.units import UnitSet
-from dist_compress.target import Coupling, Latencies
 
 Removed = Sequence[np.ndarray]  # of each set, bool [num_units]
 
@@ -52,6 +49,10 @@ class Budget:
     @property
     def unit(self) -> str:
         return self.currencies[0].unit
+
+    @property
+    def title(self) -> str:
+        return AT_MOST if self.name == AT_MOST else f"global_group_id={self.name}"
 
     def cost(self, removed: Removed) -> Fraction:
         """What is left without these units, in the first currency. Exact."""
@@ -207,63 +208,47 @@ def said(unit: str, amount: Fraction) -> str:
 
 def budgets(sets: Sequence[UnitSet], settings: Sequence[Setting], context: Context) -> dict[str, Budget]:
     """One for each global group of units; that of the whole model, which depends on all others, last."""
-    found, config = {}, context.config.pruning
-    for gid in dict.fromkeys(s.setting.global_group_id for s in sets if s.setting.global_group_id is not None):
-        if gid == AT_MOST:
-            continue
-        own = [s for s in sets if s.setting.global_group_id == gid]
-        members = [s for s in settings if s.global_group_id == gid and not s.align]
-        found[gid] = ratio_budget(gid, own, config.compute, context.coupling, context.model, members, context.latencies)
-    if has_limit(config):
-        round_to = context.config.speedup.round_to
-        how = (config.at_most, context.coupling, context.model, context.latencies, round_to)
-        found[AT_MOST] = limit_budget(sets, *how)
+    found = {}
+    for gid in dict.fromkeys(s.setting.global_group_id for s in sets):
+        if gid is not None and gid != AT_MOST:
+            own = [s for s in sets if s.setting.global_group_id == gid]
+            members = [s for s in settings if s.global_group_id == gid and not s.align]
+            found[gid] = _ratio_budget(gid, own, members, context)
+    if has_limit(context.config.pruning):
+        found[AT_MOST] = _limit_budget(sets, context)
     return found
 
 
-def ratio_budget(
-    name: str,
-    sets: Sequence[UnitSet],
-    compute: str,
-    coupling: Coupling,
-    model: nn.Module,
-    settings: Sequence[Setting],
-    latencies: Latencies | None,
-) -> Budget:
-    """The budget of a global group whose targets, prunable or not, are `settings`."""
+def _ratio_budget(name: str, sets: Sequence[UnitSet], members: Sequence[Setting], context: Context) -> Budget:
+    """The budget of a global group whose targets, prunable or not, are `members`."""
+    compute = context.config.pruning.compute
     cost: Cost
-    if compute != "channels" and (no_cost := [s.name for s in settings if s.activation]):
+    if compute != "channels" and (no_cost := [s.name for s in members if s.activation]):
         raise UserError(
             f"pruning.compute={compute}: {', '.join(no_cost)} are activations, which have no cost of their own "
-            f"({settings[0].said_by('global_group_id')}). Use channels."
+            f"({members[0].said_by('global_group_id')}). Use channels."
         )
     if compute == "channels":
         cost = costs.channels(sets)
     elif compute == "macs":
-        cost = costs.macs_of(sets, coupling, settings)
+        cost = costs.macs_of(sets, context.coupling, members)
     elif compute == "params":
-        cost = costs.params_of(sets, model, settings)
+        cost = costs.params_of(sets, context.model, members)
     else:
-        cost = costs.latency_of(sets, coupling, latencies)
+        cost = costs.latency_of(sets, context.coupling, context.latencies)
     return Budget(name, sets, [Currency(compute, cost)], [True] * len(sets))
 
 
-def limit_budget(
-    sets: Sequence[UnitSet],
-    at_most: AtMostConfig,
-    coupling: Coupling,
-    model: nn.Module,
-    latencies: Latencies | None,
-    round_to: int,
-) -> Budget:
+def _limit_budget(sets: Sequence[UnitSet], context: Context) -> Budget:
     """What `pruning.at_most` asks of the whole model; `sets` are all there are."""
+    at_most, round_to = context.config.pruning.at_most, context.config.speedup.round_to
     currencies = []
     if at_most.macs is not None:
-        currencies.append(Currency("macs", costs.all_macs(sets, coupling, round_to), share(at_most.macs)))
+        currencies.append(Currency("macs", costs.all_macs(sets, context.coupling, round_to), share(at_most.macs)))
     if at_most.params is not None:
-        currencies.append(Currency("params", costs.all_params(sets, model, round_to), share(at_most.params)))
+        currencies.append(Currency("params", costs.all_params(sets, context.model, round_to), share(at_most.params)))
     if at_most.latency_ms is not None:
-        cost = costs.latency_of(sets, coupling, latencies)
+        cost = costs.latency_of(sets, context.coupling, context.latencies)
         currencies.append(Currency("latency_ms", cost, share(at_most.latency_ms)))
     return Budget(AT_MOST, sets, currencies, [s.setting.limited for s in sets])
 

@@ -102,6 +102,11 @@ def check_limited(settings: list[Setting], config: PruningConfig) -> None:
                 f"{s.name}: {s.said_by('internal_metric_block')} and {limits} exclude each other: all units are ranked "
                 "together. Give it a sparse_ratio of its own."
             )
+        if s.activation:
+            raise UserError(
+                f"{s.name}: masks of activations make no model smaller, so {limits} says nothing about it. Give it a "
+                "sparse_ratio of its own."
+            )
         if not s.by_units or s.dependency_group_id != "auto":
             key = "dependency_group_id" if s.by_units else "granularity"
             why = "such channels may stay in the model" if s.by_units else "the zeros stay in the model"

@@ -21,6 +21,7 @@ from dist_compress.blocks import Blocks
 from dist_compress.errors import UserError
 from dist_compress.exchange import Span
 from dist_compress.layout import Layout
+from dist_compress.pruning import seen
 from dist_compress.pruning.mask import offsets, owners
 from dist_compress.pruning.metric import Metric
 from dist_compress.pruning.regrow import Swap, select_swapping, swapped
@@ -137,18 +138,24 @@ class Elements:
         latent: Callable[[str], torch.Tensor],
         weights: Mapping[str, Sequence[torch.Tensor]],
         heard: Mapping[str, Sequence[torch.Tensor]],
-    ) -> None:
+    ) -> dict[str, torch.Tensor]:
         """Update `removed` of the targets in `metrics` that are scored. Collective.
 
         `weights` and `heard`, by parameter: for each run of slabs that this rank decides [blocks, weights of a block]
-        of the latent, and of what data says of it. `latent`: what this rank holds of a parameter.
+        of the latent, and of what data says of it. `latent`: what this rank holds of a parameter. Returns the counts of
+        the scores of each group on all ranks, as in `seen`.
         """
         scored = {target for target, metric in metrics.items() if not metric.solves}
         deciding = {name: members for name, members in self.groups.items() if members[0].setting.name in scored}
         tensors = [tensor for members in deciding.values() for tensor in members]
         if not tensors:
-            return
-        shards = {x.name: self._shards(x, metrics[x.setting.name], weights[x.name], heard.get(x.name)) for x in tensors}
+            return {}
+        shown = list(deciding)[: seen.MOST_GROUPS]
+        spots: dict[str, list[torch.Tensor]] = {x.name: [] for n in shown for x in deciding[n]}
+        shards = {
+            x.name: self._shards(x, metrics[x.setting.name], weights[x.name], heard.get(x.name), spots.get(x.name))
+            for x in tensors
+        }
         counts = _count_below(tensors, shards, fraction)
         groups, swaps = [], {}
         for name, members in deciding.items():
@@ -165,26 +172,30 @@ class Elements:
                     swaps[name] = Swap(swapped(metric.exchanged(t), total - target, head.cost), growth)
         chosen = iter([mask for masks in select_swapping(groups, swaps) for mask in masks])
         before = self.removed
-        self.placed.tell(
-            {
-                x.name: [_in_runs(x, shard, fraction) if x.in_runs else next(chosen) for shard in shards[x.name]]
-                for x in tensors
-            }
-        )
+        parts = {
+            x.name: [_in_runs(x, shard, fraction) if x.in_runs else next(chosen) for shard in shards[x.name]]
+            for x in tensors
+        }
+        self.placed.tell(parts)
         for x in tensors:
             if metrics[x.setting.name].regrows:
                 back = before[x.name] & ~self.removed[x.name]
                 latent(x.name).masked_fill_(self.placed.spread(x.name, back), 0)
+        tally = [seen.count_all([(spots[x.name], parts[x.name]) for x in deciding[name]]) for name in shown]
+        return dict(zip(shown, comm.all_reduce(torch.stack(tally).to(comm.device())), strict=True))
 
     def _shards(
-        self, x: BlockTensor, metric: Metric, weights: Sequence[torch.Tensor], heard: Sequence[torch.Tensor] | None
-    ) -> list[Shard]:
-        """One for each run of slabs that this rank decides. Local."""
+        self, x: BlockTensor, metric: Metric, weights: Sequence[torch.Tensor], heard: Sequence[torch.Tensor] | None,
+        spots: list[torch.Tensor] | None,
+    ) -> list[Shard]:  # fmt: skip
+        """One for each run of slabs that this rank decides; `spots` takes the bins of the scores. Local."""
         shards = []
         for i, (run, rows) in enumerate(zip(self.placed.owned(x.name), weights, strict=True)):
             scores = metric.block_scores(rows, heard[i] if heard is not None else None).float()
             if metric.stays_removed:
                 scores = scores.masked_fill(run.removed, -torch.inf)
+            if spots is not None:
+                spots.append(seen.bins(scores))
             shards.append(Shard(x.setting.name, x.base + run.first_block, scores, x.cost))
         return shards
 

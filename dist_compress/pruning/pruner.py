@@ -35,6 +35,7 @@ from dist_compress.pruning.running import Running
 from dist_compress.pruning.schedule import decisions, due
 from dist_compress.pruning.scorers import scorers_of
 from dist_compress.pruning.search import Search
+from dist_compress.pruning.seen import Seen
 from dist_compress.pruning.setting import AT_MOST
 from dist_compress.pruning.solving import solve
 from dist_compress.pruning.unit_decision import UnitDecision
@@ -59,6 +60,7 @@ class Pruner(Method):
     def __init__(self, config: Config) -> None:
         self.config = config.pruning
         self.history: list[tuple[int, float, str]] = []  # (optimizer steps taken, sparse ratio so far, fingerprint)
+        self.seen = Seen()
         self.frozen: Masks | None = None  # the masks of a model that was shrunk since
 
     def attach(self, context: Context) -> None:
@@ -158,7 +160,7 @@ class Pruner(Method):
             self._decide_units(t, fraction, self._unit_scores(evidence, found))
         heard = evidence.rows(found, GRAD) | self.block_data.heard(self.due[t]) | self.running.heard(self.due[t])
         latent = self.context.projection.latent
-        self.elements.decide(t, fraction, self.due[t], latent, evidence.rows(found), heard)
+        self.seen.now |= self.elements.decide(t, fraction, self.due[t], latent, evidence.rows(found), heard)
         if solved := [x for x in self.block_data.solved if x.setting.name in self.due[t]]:
             solve(solved, self.due[t], self.block_data.alone, evidence, found, fraction)
         if t in self.schedule:
@@ -166,7 +168,9 @@ class Pruner(Method):
                 listener.statistic.reset()
         self._close_listeners_after(t)
         mark = self._put_on(t)
-        if self.history and self.history[-1][0] not in self.schedule:
+        between = bool(self.history) and self.history[-1][0] not in self.schedule
+        self.seen.close(t, between)
+        if between:
             self.history.pop()  # of the decisions beside the schedule the last one is told
         self.history.append((t, self.sparse_ratio(), mark))
 
@@ -176,6 +180,7 @@ class Pruner(Method):
         if self.search.pending:
             self.search.run(lambda weights: self._measure(t, lambda: decision.shared(1.0, weights)))
         decision.shared(fraction, self.search.found)
+        decision.tell(self.seen)
 
     def _measure(self, t: int, spend: Callable[[], None]) -> float:
         """The objective of the model as `spend` leaves it, which is undone afterwards. Collective."""
@@ -302,8 +307,11 @@ class Pruner(Method):
     def results(self) -> dict[str, Any]:
         """`fingerprint/masks`; `decisions` [{step, ratio, fingerprint}]; `groups` [{name, asked, given,
         reason}] in the currency of each group; `limits` [{unit, asked, before, predicted}], what `pruning.at_most` asks
-        of the whole model; `asked_but_kept` [{name, asked, given, reason}], targets
-        left whole; `overrides`, a line for each value of the config list that a later one took the place of."""
+        of the whole model; `targets`, `kept_channels` and `scores`, which the report shows; `asked_but_kept` [{name,
+        asked, given, reason}], targets left whole; `overrides`, a line for each value of the config list that a later
+        one took the place of."""
+        model = self.context.model
+        units = (self.settings, self.sets, self.removed)
         return {
             "fingerprint/masks": self.history[-1][2] if self.history else "",
             "decisions": [{"step": t, "ratio": ratio, "fingerprint": mark} for t, ratio, mark in self.history],
@@ -311,16 +319,19 @@ class Pruner(Method):
             "limits": results.limits(self.removed, self.budgets.get(AT_MOST)),
             "overrides": overrides(self.settings),
             "search": self.search.results(self.sets, self.removed),
+            "targets": results.targets(*units, self.kept, self.elements, model),
+            "kept_channels": results.kept_channels(*units, model),
+            "scores": self.seen.rows,
             "asked_but_kept": results.asked_but_kept(self.kept, self.settings, self.sets, self.removed),
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Collective. The keys do not change over a run but for `masks`, which replaces decisions after a
         shrink."""
-        history = json.dumps(self.history)
+        told = {"history": json.dumps(self.history), "scores": self.seen.state()}
         if self.frozen is not None:
             masks = masking.gathered(self.context.projection.layout, self.frozen)
-            return {"masks": masks, "activations": self.activations.on(), "history": history}
+            return {"masks": masks, "activations": self.activations.on(), **told}
         none = torch.zeros(0, dtype=torch.bool)
         self._placed()  # a checkpoint is written in training
         return {
@@ -329,12 +340,13 @@ class Pruner(Method):
             "statistics": {heard: x.statistic.state_dict() for heard, x in self.listeners.items()},
             "running": self.running.state_dict(),
             "search": self.search.state(),
-            "history": history,
+            **told,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Collective. Raises UserError when the state belongs to other targets."""
         self.history = [tuple(item) for item in json.loads(state["history"])]
+        self.seen.load(state["scores"])
         if "masks" in state:
             assert self.frozen is not None, "a shrunk state goes to a pruner that was rebased"
             layout, device = self.context.projection.layout, next(self.context.model.parameters()).device

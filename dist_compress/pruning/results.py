@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from dist_compress.pruning.budget import Budget
 from dist_compress.pruning.elements import Elements
 from dist_compress.pruning.setting import AT_MOST, Setting
-from dist_compress.pruning.units import Kept, UnitSet
+from dist_compress.pruning.units import Kept, UnitSet, num_channels
 
 Row = dict[str, Any]
 
@@ -65,6 +66,65 @@ def limits(removed: Sequence[torch.Tensor], budget: Budget | None) -> list[Row]:
         show = float if c.unit == "latency_ms" else math.ceil
         rows.append({"unit": c.unit, "asked": float(c.at_most), "before": show(before), "predicted": show(left)})
     return rows
+
+
+def targets(
+    settings: Sequence[Setting], sets: Sequence[UnitSet], removed: Sequence[torch.Tensor], kept: Sequence[Kept],
+    elements: Elements, model: nn.Module,
+) -> list[Row]:  # fmt: skip
+    """A row {name, unit, num, removed, asked, group, reason} for each target. `asked`: the ratio of its group, or of
+    itself; None: a threshold or a limit of the whole model. `reason`: why what is gone is not what was asked."""
+    channels = {row["name"]: row["kept"] for row in kept_channels(settings, sets, removed, model)}
+    why = {k.name: k.reason for k in kept}
+    coupled = {t: len(s.targets) for s in sets for t in s.targets}
+    blocks = {t.setting.name: t for t in elements.tensors()}
+    rows = []
+    for s in settings:
+        if s.align is not None:
+            continue
+        if s.activation:
+            own = [(x, int(gone.sum())) for x, gone in zip(sets, removed, strict=True) if s.name in x.targets]
+            unit, num, gone = "units", sum(x.num_units for x, _ in own), sum(gone for _, gone in own)
+        elif s.by_units:
+            unit, num, gone = "channels", len(channels[s.name]), channels[s.name].count("0")
+        elif s.name in blocks:
+            tensor = blocks[s.name]
+            unit = "weights" if tensor.blocks.size == 1 else "blocks"
+            num, gone = tensor.num, int(elements.removed[tensor.name].sum())
+        else:
+            continue
+        group = "" if s.global_group_id is None else AT_MOST if s.limited else f"global_group_id={s.global_group_id}"
+        reason = why.get(s.name, "")
+        if not reason and group:
+            reason = f"its share of {group}"
+        elif not reason and s.sparse_threshold is not None:
+            reason = f"scores below {s.sparse_threshold:g}"
+        elif not reason and gone != s.sparse_ratio * num:
+            reason = f"whole {unit} only"
+        if coupled.get(s.name, 1) > 1 and s.name not in why:
+            reason = f"{reason}{', ' if reason else ''}coupled with {coupled[s.name] - 1} more"
+        row = {"name": s.name, "unit": unit, "num": num, "removed": gone, "asked": _asked(s)}
+        rows.append({**row, "group": group, "reason": reason})
+    return rows
+
+
+def kept_channels(
+    settings: Sequence[Setting], sets: Sequence[UnitSet], removed: Sequence[torch.Tensor], model: nn.Module
+) -> list[Row]:
+    """A row {name, kept} for each target of channels: a text with 1 for each channel that is kept and 0 else."""
+    kept = {}
+    for s in settings:
+        if s.align is None and s.by_units and not s.activation:
+            kept[s.parameter] = torch.ones(num_channels(model, s), dtype=torch.bool)
+    for s, gone in zip(sets, removed, strict=True):
+        for member in s.scored:
+            if member.fqn in kept:
+                kept[member.fqn][member.index[gone].flatten()] = False
+    return [
+        {"name": s.name, "kept": "".join("01"[int(k)] for k in kept[s.parameter])}
+        for s in settings
+        if s.align is None and s.by_units and not s.activation
+    ]
 
 
 def asked_but_kept(

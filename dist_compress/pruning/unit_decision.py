@@ -9,6 +9,7 @@ import torch
 from dist_compress.pruning.budget import Budget
 from dist_compress.pruning.metric import Metric
 from dist_compress.pruning.search import Weights
+from dist_compress.pruning.seen import Seen
 from dist_compress.pruning.setting import AT_MOST
 from dist_compress.pruning.sparsity import Ranked, decide_alone
 from dist_compress.pruning.units import UnitSet
@@ -57,3 +58,20 @@ class UnitDecision:
             given = ([self.scores[i] for i in own], gone, [self.bases[i] for i in own])
             for i, removed in zip(own, group.spend(*given, fraction, weights.get(gid)), strict=True):
                 self.removed[i] = torch.from_numpy(removed)
+
+    def tell(self, seen: Seen) -> None:
+        """What was decided, by the scores that decided it; units that were gone before are not told of."""
+        for i, s in enumerate(self.sets):
+            if s.setting.global_group_id is None and s.targets[0] in self.due:
+                scores = self.scores[i].masked_fill(self.stay[i], -torch.inf)
+                seen.add(" + ".join(s.targets), [scores], [self.removed[i]])
+        for gid, group in self.budgets.items():
+            own = members(gid, self.sets)
+            weighed = group.weighed(group.in_order()[0], [self.scores[i] for i in own])
+            mine = [
+                (score.masked_fill(self.stay[i], -torch.inf), self.removed[i])
+                for i, score, free in zip(own, weighed, group.free, strict=True)
+                if free and self.sets[i].targets[0] in self.due
+            ]
+            if mine:
+                seen.add(group.title, [score for score, _ in mine], [gone for _, gone in mine])

@@ -86,7 +86,7 @@ def collect(
                 kept.extend(found)
         seen = {name for s in sets for name in s.targets} | {k.name for k in kept}
         unseen = "the trace shows no channels of it that could be removed"
-        kept += [Kept(s.name, unseen, _num_channels(model, s)) for s in coupled.values() if s.name not in seen]
+        kept += [Kept(s.name, unseen, num_channels(model, s)) for s in coupled.values() if s.name not in seen]
     own: dict[str, list[Setting]] = {}
     for name, setting in targets.items():
         if setting.dependency_group_id != "auto":
@@ -117,7 +117,7 @@ def _coupled_set(
     ]
     if group.blocked or missing:
         reason = group.blocked or f"coupled with {', '.join(dict.fromkeys(missing))}, which is not a target"
-        return [Kept(setting.name, reason, _num_channels(model, setting)) for setting in chosen]
+        return [Kept(setting.name, reason, num_channels(model, setting)) for setting in chosen]
     scored = tuple(m for m in own if m.fqn in targets)
     masked = tuple(m for m in group.members if m.role in ("producer", "affine", "reader", role))
     names = tuple(setting.name for setting in chosen)
@@ -201,7 +201,7 @@ def _dim(model: nn.Module, setting: Setting) -> int:
     return channel_dim(kind, model.get_parameter(setting.parameter).dim(), str(setting.granularity))
 
 
-def _num_channels(model: nn.Module, setting: Setting) -> int:
+def num_channels(model: nn.Module, setting: Setting) -> int:
     return model.get_parameter(setting.parameter).shape[_dim(model, setting)]
 
 
@@ -216,7 +216,7 @@ def _own_member(model: nn.Module, setting: Setting) -> Member:
             f"is not defined for a {kind} with groups. Use dependency_group_id: auto."
         )
     role = "consumer" if setting.granularity == "in_channel" else "producer"
-    index = torch.arange(_num_channels(model, setting))[:, None]
+    index = torch.arange(num_channels(model, setting))[:, None]
     return Member(setting.parameter, _dim(model, setting), index, role)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -107,6 +108,21 @@ _SHOWN = {
     "eval/accuracy": "accuracy {:.2%}",
     "train/samples_per_s": "{:.0f} samples/s",
 }
+
+
+def target_table(targets: Sequence[Mapping[str, Any]], most: int = 40) -> Table:
+    """What was asked of each target, what went and why; long lists are cut, the page has all."""
+    more = f"{len(targets) - most} more targets are in report.html" if len(targets) > most else None
+    result = Table(title="Asked and given", title_justify="left", title_style="bold", caption=more)
+    result.add_column("target")
+    result.add_column("asked", justify="right")
+    result.add_column("removed", justify="right")
+    result.add_column("")
+    result.add_column("why it differs", overflow="ellipsis", no_wrap=True)
+    for row in targets[:most]:
+        told = figures.target(row)
+        result.add_row(row["name"], told["wish"], told["share"], told["got"], row["reason"])
+    return result
 
 
 def summary_table(summary: dict[str, Any]) -> Table:

@@ -6,7 +6,7 @@ The console table and the report page are drawn from the same rows, so that they
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +128,29 @@ def _latencies(summary: Mapping[str, Any]) -> list[Figure]:
 def _place(key: str) -> tuple[int, str]:
     known = ["accuracy", *_COSTS]
     return (known.index(key), "") if key in known else (len(known), key)
+
+
+def target(row: Mapping[str, Any]) -> dict[str, str]:
+    """{wish, got, share}: what was asked of a target, what went, and the part of it that is left, in words."""
+    wish = "" if row["asked"] is None else f"{100 * row['asked']:.4g} %"
+    if row["group"]:
+        wish = f"{wish} in {row['group']}".strip() if wish else row["group"]
+    share = row["removed"] / row["num"] if row["num"] else 0.0
+    got = f"{number(row['removed'])} of {number(row['num'])} {row['unit']}"
+    return {"wish": wish or "a threshold", "got": got, "share": percent(share, 1)}
+
+
+Table = tuple[list[str], list[list[Any]]]  # names of columns, rows
+
+
+def tables(targets: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]]) -> dict[str, Table]:
+    """The tables of pruning by name, for W&B: numbers stay numbers."""
+    asked = ["target", "asked", "removed", "units", "unit", "group", "why it differs"]
+    own = [[r["name"], r["asked"], r["removed"], r["num"], r["unit"], r["group"], r["reason"]] for r in targets]
+    pairs = [f"{name}{when}" for name in ("", "params_", "macs_") for when in ("before", "after")]
+    each = [[row["name"], *(row[pair] for pair in pairs)] for row in layers]
+    found = {"targets": (asked, own), "layers": (["layer", "channels_before", "channels_after", *pairs[2:]], each)}
+    return {name: table for name, table in found.items() if table[1]}
 
 
 def limits(summary: Mapping[str, Any]) -> list[Limit]:

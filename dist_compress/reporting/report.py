@@ -18,7 +18,7 @@ import torch
 import yaml
 from markupsafe import Markup
 
-from dist_compress.reporting import charts, figures
+from dist_compress.reporting import charts, figures, pictures
 
 Row = Mapping[str, Any]
 CHART = "coupling.svg"  # in the folder of a run: shown where it exists
@@ -42,12 +42,17 @@ def write_report(
     history: Sequence[Row],
     metrics: Sequence[Row],
     decisions: Sequence[Row],
+    targets: Sequence[Row] = (),
+    kept_channels: Sequence[Row] = (),
+    scores: Sequence[Row] = (),
 ) -> Path:
     """Write `run_dir/report.html` and return its path. Rank 0 only.
 
     `layers`: {name, before, after, params_before, params_after, macs_before, macs_after}, channels as counts.
     `asked_but_kept`: {name, asked, given, reason}; a float is a ratio removed, an int a number of channels.
     `history`: events {step, text}. `metrics`: rows of metrics.jsonl. `decisions`: {step, ratio, fingerprint}.
+    `targets`: {name, unit, num, removed, asked, group, reason}. `kept_channels`: {name, kept}, 1 or 0 for each channel.
+    `scores`: {step, name, edges, kept, removed}, a histogram for each decision and group.
     """
     config = yaml.safe_load(config_yaml) or {}
     loader = jinja2.PackageLoader("dist_compress.reporting", ".")
@@ -66,7 +71,10 @@ def write_report(
         proof=_proof(config, summary),
         layers=_layers(layers, asked_but_kept),
         curves=_curves(metrics, decisions),
-        asked_but_kept=asked_but_kept,
+        limits=figures.limits(summary),
+        targets=[{**row, **figures.target(row)} for row in targets],
+        pictures={name: Markup(d.svg()) for name, d in pictures.drawn(layers, kept_channels, scores).items()},
+        asked_but_kept=[row for row in asked_but_kept if row["name"] not in {t["name"] for t in targets}],
         decisions=decisions,
         history=[_event(row) for row in history],
         fingerprints=_under("fingerprint", summary),

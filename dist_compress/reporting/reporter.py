@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from rich.text import Text
 
 from dist_compress import comm
 from dist_compress.config import Config
-from dist_compress.reporting import records
-from dist_compress.reporting.console import ProgressLine, console, summary_table
+from dist_compress.reporting import figures, pictures, records
+from dist_compress.reporting.console import ProgressLine, console, summary_table, target_table
 from dist_compress.reporting.tracker import Tracker
 
 _log = logging.getLogger(__name__)
+
+Row = Mapping[str, Any]
 
 
 class Reporter:
@@ -32,6 +34,7 @@ class Reporter:
         self._active = comm.rank() == 0
         self._step: int | None = None if resumed else 0
         self._summary: dict[str, Any] = {}
+        self._targets: list[Row] = []
         self.run_dir = Path(run_dir)
         self._config, self._resumed, self._opened = config, resumed, False
         self._progress = ProgressLine(total_steps)
@@ -72,12 +75,18 @@ class Reporter:
         if step is not None:  # a resumed run knows its place from the first `log` on
             self._events.add(step, {"text": text})
 
-    def summary(self, summary: Mapping[str, Any]) -> None:
-        """The flat result of the run, shown as a table by `close` and sent to W&B under the same names."""
+    def summary(self, summary: Row, shown: Mapping[str, Sequence[Row]] | None = None) -> None:
+        """The flat result of the run, shown as a table by `close` and sent to W&B under the same names.
+
+        `shown`: `layers`, `targets`, `kept_channels` and `scores` as in `write_report`: tables and pictures of pruning.
+        """
         if self._active:
             self._open()
-            self._summary = dict(summary)
+            self._summary, self._targets = dict(summary), list((shown or {}).get("targets", []))
             self._tracker.summary(self._summary)
+            if shown:
+                drawn = pictures.drawn(shown["layers"], shown["kept_channels"], shown["scores"])
+                self._tracker.show(figures.tables(shown["targets"], shown["layers"]), drawn)
 
     def close(self, finished: bool = True) -> None:
         """End the progress line, print the table, end the W&B run, waiting for it a bounded time.
@@ -92,6 +101,8 @@ class Reporter:
             return
         self._metrics.close()
         self._events.close()
+        if self._targets:
+            console().print(target_table(self._targets))
         if self._summary:
             console().print(summary_table(self._summary))
         command = self._tracker.close(finished)

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 from dist_compress.config import Config
 from dist_compress.errors import UserError
 from dist_compress.reporting import figures
+from dist_compress.reporting.drawing import Drawing
 
 _log = logging.getLogger(__name__)
 
@@ -136,6 +138,17 @@ class Tracker:
         """Queue the flat summary under the names of summary.json. Never waits, never raises."""
         if self._process is not None:
             self._queue.put({"summary": summary})
+
+    def show(self, tables: Mapping[str, figures.Table], drawings: Mapping[str, Drawing]) -> None:
+        """Queue tables and pictures of the result, one panel each. Never waits, never raises."""
+        if self._process is None:
+            return
+        images = {}
+        for name, drawing in drawings.items():
+            file = self._folder / f"{name.replace(' ', '_')}.png"
+            file.write_bytes(drawing.png())
+            images[f"pruning/{name}"] = str(file)
+        self._queue.put({"tables": {f"pruning/{name}": table for name, table in tables.items()}, "images": images})
 
     def close(self, finished: bool = True) -> str | None:
         """End the W&B run, as crashed unless `finished`. Returns the command that uploads it, if needed."""

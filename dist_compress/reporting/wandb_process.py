@@ -2,7 +2,8 @@
 
 Started by `tracker.py` as `python wandb_process.py START MODE`. START is a JSON file: {"init": arguments of
 `wandb.init`, "start_s": limit of going online, "upload_s": limit of the upload at the end}. stdin brings one
-JSON object a line, {"log": {...}, "step": n}, {"summary": {...}} or {"finish": true}; stdout answers with
+JSON object a line, {"log": {...}, "step": n}, {"summary": {...}}, {"tables": {...}, "images": {...}} or {"finish":
+true}; stdout answers with
 {"warning": text}. Imports nothing of this package.
 """
 
@@ -83,10 +84,22 @@ def _serve(run: Any) -> None:
                 run.log(message["log"], step=message["step"])
         elif "summary" in message:
             run.summary.update(message["summary"])
+        elif "tables" in message:
+            _show(run, message["tables"], message["images"])
         elif "finish" in message:
             run.finish(exit_code=0)
             return
     run.finish(exit_code=1)
+
+
+def _show(run: Any, tables: dict[str, Any], images: dict[str, str]) -> None:
+    """{name: [columns, rows]} and {name: file of a picture} as one panel each, at the step where the run stands."""
+    import wandb
+
+    panels: dict[str, Any] = {name: wandb.Image(file) for name, file in images.items()}
+    panels |= {name: wandb.Table(columns=columns, data=rows) for name, (columns, rows) in tables.items()}
+    if panels:
+        run.log(panels, step=run.step)
 
 
 def _give_up(text: str) -> None:

@@ -254,7 +254,7 @@ def test_detach_leaves_zeros_and_rebase_keeps_them_after_a_shrink():
     assert torch.equal(model.free.weight != 0, masks["free.weight"][:7])
     pruner.after_step(-1)  # no decision follows
     saved_state = pruner.state_dict()
-    assert set(saved_state) == {"masks", "activations", "history"}
+    assert set(saved_state) == {"masks", "activations", "history", "scores"}
     pruner.load_state_dict(saved_state)
     assert fingerprint(projection.layout, pruner.masks())
 

@@ -216,6 +216,26 @@ def test_says_all_it_was_told(tmp_path: Path) -> None:
         assert curve in text
 
 
+def test_pictures_and_tables_of_pruning(tmp_path: Path) -> None:
+    evil = "<b>&"
+    kept = [{"name": evil, "kept": "1010"}]
+    row = {"name": "conv1", "unit": "channels", "num": 16, "removed": 2, "asked": 0.5, "group": "", "reason": evil}
+    scores = [{"step": 60, "name": evil, "edges": [0.1, 0.2, 0.4], "kept": [1, 2], "removed": [3, 0]}]
+    limits = {"at_most/macs/asked": 2e7, "at_most/macs/predicted": 1.9e7, "at_most/macs/reached": 2.1e7}
+    summary = {**arguments()["summary"], **limits}
+    page = written(tmp_path, targets=[row] * 31, kept_channels=kept, scores=scores, summary=summary)
+    text = " ".join(check(page).text)
+    assert page.count('class="drawing"') == 3 and evil not in page
+    titles = ("Which channels", "MACs of each layer", "Scores at the decisions")
+    for shown in (*titles, "missed by 5.0 %", "1 more targets"):
+        assert shown in text, shown
+    assert "2 of 16 channels" in text and "Also kept" in text
+    assert text.count("shares its channels with layer1") == 0  # of conv1, which the table of targets has
+    many = written(tmp_path, layers=[layer(f"l{i}", 4, 8, 4) for i in range(60)])
+    assert "Layer by layer" in many and many.count('class="drawing"') == 2
+    check(many)
+
+
 def test_everything_is_escaped(tmp_path: Path) -> None:
     evil = "<script>alert('x')</script><b title=\"&\">"
     page = written(
