@@ -82,6 +82,17 @@ def test_ranks_agree_while_they_train(ranks: Any) -> None:
     assert a == b and a["channels"] == (4, 3) and a["equal"]
 
 
+def limited(num_steps: int) -> Any:
+    pruning = {**RECIPE["pruning"], "sparse_ratio": None, "at_most": {"params": 250}}
+    return trained(num_steps, 0.0, {"pruning": pruning, "speedup": {"round_to": 2, "keep": ["3.bias"]}})
+
+
+def test_limits_of_the_whole_model_and_settings_of_the_speedup(ranks: Any) -> None:
+    one = ranks(1, limited, 5)[0]
+    assert one["channels"] == (2, 6) and one["parameters"][1] <= 250 and one["equal"]  # no output of 3 goes
+    assert ranks(2, limited, 5) == [one] * 2
+
+
 def test_recipes_by_name_and_by_overrides() -> None:
     model = net()
     optimizer = torch.optim.AdamW(model.parameters())
