@@ -128,6 +128,31 @@ def test_what_is_refused(entries, keys, said):
     assert said in str(caught.value), caught.value
 
 
+MINE = """
+from dataclasses import dataclass
+from dist_compress.distillation.layerwise import LayerTerm
+
+@dataclass
+class Options:
+    factor: float = 1.0
+
+class Mine(LayerTerm):
+    def compare(self, student, teacher, moment):
+        return self.options.factor * (student - teacher).abs().flatten(1).mean(1)
+"""
+
+
+def test_a_method_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = {"op_names": ["head"], "method": "my_package.mine", "options": {"factor": 2.0}}
+    distiller, student, teacher = attach([entry])
+    [(name, loss)] = losses(distiller, student).items()
+    right = 2 * (hidden(student, "head") - hidden(teacher, "head")).abs().mean(1).sum()
+    assert name == "mine/head._output_0_loss" and float(loss.detach()) == pytest.approx(float(right.detach()), rel=1e-5)
+
+
 def test_matching_channels():
     dense = torch.randn(2, 6, 3, 3, generator=torch.Generator().manual_seed(0))
     kept = torch.tensor([0, 2, 5])
