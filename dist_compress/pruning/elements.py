@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from torch import nn
@@ -286,7 +285,7 @@ def _in_runs(tensor: BlockTensor, shard: Shard, fraction: float) -> torch.Tensor
     size = tensor.blocks.group
     if tensor.setting.pattern:
         keep, of = tensor.setting.pattern
-        count = math.floor(Fraction(str(fraction)) * (of - keep))
+        count = math.floor(share(of - keep, fraction))
     else:
         count = math.floor(share(tensor.setting.sparse_ratio, fraction) * size)
     index = shard.base + torch.arange(len(shard.scores), device=shard.scores.device)

@@ -77,6 +77,12 @@ def test_a_pattern_grows_with_the_schedule():
         zeros.append(int((~pruner.masks()["lin.weight"]).sum()))
         assert zeros[-1] == 8 * int(fraction * 3)
     assert zeros == [0, 8, 16, 24]
+    pruner, model = lone({"granularity": "1:4"}, torch.randn(4, 8), schedule={**LINEAR, "num_decisions": 3})
+    zeros = []
+    for t in pruner.schedule:
+        pruner.decide(t)
+        zeros.append(int((~pruner.masks()["lin.weight"]).sum()))
+    assert zeros == [8, 16, 24]  # a third is one, which floats are not
 
 
 def test_a_pattern_of_equal_weights_is_still_exact():
@@ -146,6 +152,9 @@ def test_the_ratio_holds_in_each_part():
     assert torch.equal(pruner.removed[0].view(4, 2).float().argmax(1), score.argmin(1))
     entry = {"op_names": ["a"], "internal_metric_block": 4}
     with pytest.raises(UserError, match=r"a: pruning.config_list\[0\].internal_metric_block=4: 6 units cannot be cut"):
+        attach(config([entry]))
+    entry = {"op_names": ["a"], "internal_metric_block": 6}
+    with pytest.raises(UserError, match=r"internal_metric_block=6: there are 6 units, so that each part is a single"):
         attach(config([entry]))
 
 
@@ -244,4 +253,5 @@ def test_collectives_do_not_grow_with_the_targets(ranks):
     )[0]
     assert all_of_them["all_reduce"] <= one["all_reduce"] + 4 <= 12  # passes until the last group is settled
     pattern = ranks(2, collectives, [{"op_names": ["a"], "granularity": "2:4"}])[0]
-    assert pattern == {"all_reduce": 1, "all_to_all": 1, "gather_object": 1}  # NaN check, the bits, the fingerprint
+    # NaN check and counts of the histogram, the bits, the fingerprint
+    assert pattern == {"all_reduce": 2, "all_to_all": 1, "gather_object": 1}
