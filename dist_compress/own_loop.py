@@ -30,6 +30,8 @@ from dist_compress.speedup import Plan, apply, apply_to_state
 from dist_compress.speedup.masking import duplicate
 from dist_compress.training import optim
 
+_SECTIONS = ("pruning", "speedup", "seed", "quantization", "distillation")  # the last two are refused, if asked for
+
 Recipe = str | Sequence[str] | Mapping[str, Any]
 
 
@@ -65,7 +67,7 @@ def attach(
 class Finished:
     """What `Attached.finish` found. The same on every rank."""
 
-    plan: Plan
+    plan: Plan | None  # None with speedup.enabled=false: the zeros stay in the model
     difference: float  # max|shrunk - masked| / max|masked| on the example and on noise like it
     parameters: tuple[int, int]  # before and after
     results: dict[str, Any]  # of the methods: decisions, asked and given for each group, what was kept and why
@@ -97,6 +99,10 @@ class Attached:
             )
         if config.quantization.method is not None:
             raise UserError("attach: quantization needs the calibration of a run; set quantization.method=null here.")
+        if config.speedup.at is not None:
+            raise UserError(
+                f"attach: speedup.at={config.speedup.at!r}: finish() shrinks the model. Leave it null here."
+            )
         self.methods: list[Method] = pruning.build(config)
         if not self.methods:
             raise UserError("attach: the recipe asks for nothing; set pruning.method and pruning.config_list.")
@@ -147,19 +153,16 @@ class Attached:
         self.projection.project()
         masked = duplicate(self.model)
         before = sum(p.numel() for p in masked.parameters())
-        round_to = self.config.speedup.round_to
-        plan: Plan = comm.on_rank0(
-            lambda: speedup.plan(masked, *self.example, round_to=round_to, **self.settings)
-        )
-        comm.check_equal("fingerprint of the plan", plan.fingerprint(), self.step_count)
+        plan = self._plan(masked) if self.config.speedup.enabled else None
         results = {key: value for method in self.methods for key, value in method.results().items()}
         added = [name for method in self.methods for name in method.added()]
         for method in self.methods:
             method.detach()
         self.projection.finish()
-        self._shrink(plan)
+        if plan is not None:
+            self._shrink(plan)
         for method in self.methods:  # zeros that could not go stay zero while this optimizer goes on
-            method.rebase(lambda tensors: apply_to_state(plan, tensors))
+            method.rebase(lambda tensors: apply_to_state(plan, tensors) if plan else tensors)
         self.projection.project()
         difference = comm.on_rank0(lambda: speedup.difference(masked, self.model, *self.example))
         changed = self.config.speedup.norm == "plain"  # asked for: norms over fewer numbers are another function
@@ -169,7 +172,7 @@ class Attached:
                 f"{self.config.speedup.tolerance:g}."
             )
         after = sum(p.numel() for p in self.model.parameters())
-        return self.model, Finished(plan.without(added), difference, (before, after), results)
+        return self.model, Finished(plan and plan.without(added), difference, (before, after), results)
 
     @torch.no_grad()
     def _evaluate(self, num_samples: int) -> dict[str, float]:
@@ -205,6 +208,13 @@ class Attached:
             method.after_step(self.step_count - 1)
         self.projection.project()
 
+    def _plan(self, masked: nn.Module) -> Plan:
+        """What goes of a model with zeros. Rank 0 plans; collective."""
+        round_to = self.config.speedup.round_to
+        plan: Plan = comm.on_rank0(lambda: speedup.plan(masked, *self.example, round_to=round_to, **self.settings))
+        comm.check_equal("fingerprint of the plan", plan.fingerprint(), self.step_count)
+        return plan
+
     def _shrink(self, plan: Plan) -> None:
         """The model's parameters become smaller ones; so do those the optimizer holds, and its moments."""
         names: dict[torch.Tensor, str] = {p: name for name, p in self.model.named_parameters()}
@@ -222,6 +232,12 @@ class Attached:
 
 def _config(recipe: Recipe) -> Config:
     if isinstance(recipe, Mapping):
-        return load(dict(recipe))
+        config = load(dict(recipe))
+        if others := [str(key) for key in recipe if key not in _SECTIONS]:
+            raise UserError(
+                f"attach: {', '.join(others)} of the recipe would have no effect: they are your loop's. Only "
+                f"{' and '.join(_SECTIONS[:2])} count here."
+            )
+        return config
     overrides = [f"+recipe={recipe}"] if isinstance(recipe, str) else list(recipe)
     return compose.compose(compose.parse(overrides))

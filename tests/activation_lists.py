@@ -87,7 +87,7 @@ def _one_activation(rng: random.Random, shape: tuple[int, ...]) -> Entry:
     blocks = ["element", [2, 2], [2, 1, 2], [[2], "back", -1], [-1, -1]] if len(shape) == 3 else ["element", [5]]
     kind = rng.choice(["default", "per_channel", *[b for b in blocks if _fits(b, shape)]])
     entry = {"granularity": kind, **method(rng), **how_much(rng, rng.choice([30.0, 300.0]))}
-    parts = [p for p in (2, 3, 5) if shape[0] % p == 0]
+    parts = [p for p in (2, 3, 5) if shape[0] % p == 0 and p < shape[0]]
     if "sparse_ratio" in entry and kind in ("default", "per_channel") and parts and rng.random() < 0.4:
         entry["internal_metric_block"] = rng.choice(parts)
     return entry

@@ -115,7 +115,7 @@ def _alone(rng: random.Random, name: str, coupled: bool) -> Entry:
             "dependency_group_id": rng.choice([None, "none"]),
         }
         entry |= {**how_much(rng, 5.0), "internal_metric_block": None}
-        parts = [p for p in (2, 3, 4, 5) if SIZES[name] % p == 0]
+        parts = [p for p in (2, 3, 4, 5) if SIZES[name] % p == 0 and p < SIZES[name]]
         if "sparse_ratio" in entry and parts and rng.random() < 0.5:
             entry["internal_metric_block"] = rng.choice(parts)
     else:

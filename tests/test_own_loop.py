@@ -134,12 +134,30 @@ def test_zeros_that_cannot_go_stay_zero_after_the_end() -> None:
     assert int(dead.sum()) == dead.numel() // 2 and torch.equal(model[3].weight == 0, dead)
 
 
+def test_zeros_stay_in_a_model_that_is_not_to_be_shrunk() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    pruning = {"method": "l1_norm", "sparse_ratio": 0.5, "config_list": [{"op_names": ["0"]}]}
+    recipe = {"pruning": pruning, "speedup": {"enabled": False}}
+    c = attach(model, optimizer, recipe, EXAMPLE, total_steps=1)
+    for step in range(3):
+        x, y = batch(step, 0)
+        c.loss(nn.functional.cross_entropy(model(x), y)).backward()
+        c.step()
+        if step == 0:
+            model, finished = c.finish()
+    assert finished.plan is None and finished.difference == 0 and model[0].out_channels == 8
+    assert int(model[0].weight.flatten(1).eq(0).all(1).sum()) == 4 and int(model[1].weight.eq(0).sum()) == 4
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"optimizer": torch.optim.LBFGS}, "LBFGS cannot be used: its history is over whole parameter vectors"),
         ({"recipe": {"pruning": {"method": None}}}, "the recipe asks for nothing; set pruning.method"),
         ({"recipe": {"prunning": {}}}, "prunning: no such key"),
+        ({"recipe": {**RECIPE, "speedup": {"at": 0.9}}}, "speedup.at=0.9: finish\\(\\) shrinks the model"),
+        ({"recipe": {**RECIPE, "train": {"exact": True}}}, "train of the recipe would have no effect"),
         ({"recipe": "no_such"}, "no_such"),
         ({"backwards": 2}, "backward pass 2 before the optimizer step, but micro_batches=1"),
         ({"steps": 3}, "finish\\(\\) after 3 optimizer steps, but the last decision falls after 4"),
