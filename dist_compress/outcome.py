@@ -138,6 +138,7 @@ class Outcome:
             history=read(self.run_dir / "events.jsonl"),
             metrics=read(self.run_dir / "metrics.jsonl"),
             decisions=self.facts["methods"].get("decisions", []),
+            quantized=self.facts["methods"].get("quantization", []),
             **self.shown(),
         )
         return self.summary

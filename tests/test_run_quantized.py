@@ -101,6 +101,8 @@ def test_ptq_trains_nothing_and_is_delivered_as_onnx(ranks, tmp_path):
     assert whole and summary["export/safetensors/max_rel_diff"] == 0.0
     assert summary["export/onnx/max_diff"] < 8 and summary["export/onnx/top1_agreement"] >= 0.98
     assert summary["export/onnx/num_integers"] == summary["params/after"]
+    page = (tmp_path / "report.html").read_text()
+    assert "Quantized tensors" in page and "layer3.2.conv2.weight" in page
 
 
 def test_pruned_shrunk_then_quantized(ranks, tmp_path):

@@ -19,6 +19,7 @@ import yaml
 from markupsafe import Markup
 
 from dist_compress.reporting import charts, figures, pictures
+from dist_compress.reporting.quantized import quantized_tensor
 
 Row = Mapping[str, Any]
 CHART = "coupling.svg"  # in the folder of a run: shown where it exists
@@ -42,6 +43,7 @@ def write_report(
     history: Sequence[Row],
     metrics: Sequence[Row],
     decisions: Sequence[Row],
+    quantized: Sequence[Row] = (),
     targets: Sequence[Row] = (),
     kept_channels: Sequence[Row] = (),
     scores: Sequence[Row] = (),
@@ -76,6 +78,7 @@ def write_report(
         pictures={name: Markup(d.svg()) for name, d in pictures.drawn(layers, kept_channels, scores).items()},
         asked_but_kept=[row for row in asked_but_kept if row["name"] not in {t["name"] for t in targets}],
         decisions=decisions,
+        tensors=[quantized_tensor(row) for row in quantized],
         history=[_event(row) for row in history],
         fingerprints=_under("fingerprint", summary),
         environment={**_environment(), **_told_environment(summary)},
