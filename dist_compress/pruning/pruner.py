@@ -310,7 +310,7 @@ class Pruner(Method):
         of the whole model; `targets`, `kept_channels` and `scores`, which the report shows; `asked_but_kept` [{name,
         asked, given, reason}], targets left whole; `overrides`, a line for each value of the config list that a later
         one took the place of."""
-        model = self.context.model
+        layout = self.context.projection.layout
         units = (self.settings, self.sets, self.removed)
         return {
             "fingerprint/masks": self.history[-1][2] if self.history else "",
@@ -319,8 +319,8 @@ class Pruner(Method):
             "limits": results.limits(self.removed, self.budgets.get(AT_MOST)),
             "overrides": overrides(self.settings),
             "search": self.search.results(self.sets, self.removed),
-            "targets": results.targets(*units, self.kept, self.elements, model),
-            "kept_channels": results.kept_channels(*units, model),
+            "targets": results.targets(*units, self.kept, self.elements, layout),
+            "kept_channels": results.kept_channels(*units, layout),
             "scores": self.seen.rows,
             "asked_but_kept": results.asked_but_kept(self.kept, self.settings, self.sets, self.removed),
         }

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
+from dist_compress.blocks import channel_dim
+from dist_compress.layout import Layout
 from dist_compress.pruning.budget import Budget
 from dist_compress.pruning.elements import Elements
 from dist_compress.pruning.setting import AT_MOST, Setting
-from dist_compress.pruning.units import Kept, UnitSet, num_channels
+from dist_compress.pruning.units import Kept, UnitSet
 
 Row = dict[str, Any]
 
@@ -70,11 +71,11 @@ def limits(removed: Sequence[torch.Tensor], budget: Budget | None) -> list[Row]:
 
 def targets(
     settings: Sequence[Setting], sets: Sequence[UnitSet], removed: Sequence[torch.Tensor], kept: Sequence[Kept],
-    elements: Elements, model: nn.Module,
+    elements: Elements, layout: Layout,
 ) -> list[Row]:  # fmt: skip
     """A row {name, unit, num, removed, asked, group, reason} for each target. `asked`: the ratio of its group, or of
     itself; None: a threshold or a limit of the whole model. `reason`: why what is gone is not what was asked."""
-    channels = {row["name"]: row["kept"] for row in kept_channels(settings, sets, removed, model)}
+    channels = {row["name"]: row["kept"] for row in kept_channels(settings, sets, removed, layout)}
     why = {k.name: k.reason for k in kept}
     coupled = {t: len(s.targets) for s in sets for t in s.targets}
     blocks = {t.setting.name: t for t in elements.tensors()}
@@ -90,7 +91,7 @@ def targets(
         elif s.name in blocks:
             tensor = blocks[s.name]
             unit = "weights" if tensor.blocks.size == 1 else "blocks"
-            num, gone = tensor.num, int(elements.removed[tensor.name].sum())
+            num, gone = tensor.num, elements.num_removed(tensor)
         else:
             continue
         group = "" if s.global_group_id is None else AT_MOST if s.limited else f"global_group_id={s.global_group_id}"
@@ -109,13 +110,15 @@ def targets(
 
 
 def kept_channels(
-    settings: Sequence[Setting], sets: Sequence[UnitSet], removed: Sequence[torch.Tensor], model: nn.Module
+    settings: Sequence[Setting], sets: Sequence[UnitSet], removed: Sequence[torch.Tensor], layout: Layout
 ) -> list[Row]:
     """A row {name, kept} for each target of channels: a text with 1 for each channel that is kept and 0 else."""
     kept = {}
     for s in settings:
         if s.align is None and s.by_units and not s.activation:
-            kept[s.parameter] = torch.ones(num_channels(model, s), dtype=torch.bool)
+            shape, kind = layout.shape(s.parameter), type(layout.model.get_submodule(s.module)).__name__
+            num = shape[channel_dim(kind, len(shape), str(s.granularity))]
+            kept[s.parameter] = torch.ones(num, dtype=torch.bool)
     for s, gone in zip(sets, removed, strict=True):
         for member in s.scored:
             if member.fqn in kept:

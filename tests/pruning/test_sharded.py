@@ -62,7 +62,9 @@ def run(kind: str, entries: Any, keys: dict[str, Any], steps: int = STEPS) -> tu
     pruner, model, projection = start(entries, kind, steps, **keys)
     (train if kind == "whole" else train_sharded)(pruner, model, projection, range(steps))
     weights = torch.cat([whole(projection.layout, name).flatten() for name, _ in Net().named_parameters()])
-    return pruner.history, weights, pruner.results()["groups"], pruner.state_dict()["elements"]
+    results = pruner.results()
+    told = {key: results[key] for key in ("groups", "targets", "kept_channels", "decisions")}
+    return pruner.history, weights, told, pruner.state_dict()["elements"]
 
 
 def same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
