@@ -95,7 +95,7 @@ def smallest_half(model: nn.Module, coupling: Any, pattern: str) -> dict[str, to
             if member.role == "producer":
                 weight = parameters[member.fqn].detach()
                 others = [d for d in range(weight.dim()) if d != member.dim]
-                each = torch.linalg.vector_norm(weight, 1, others) if others else weight.abs()
+                each = weight.abs().sum(others) if others else weight.abs()
                 score += each[member.index].sum(1)
         gone = score.argsort()[: group.num_units // 2]
         for member in group.members:

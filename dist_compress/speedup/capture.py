@@ -21,6 +21,7 @@ from dist_compress.tracing import ModuleCall, Op, Trace, trace
 from dist_compress.tracing.attribute_uses import Use, attribute_uses, has_uses
 from dist_compress.tracing.size_reads import names_a_size
 from dist_compress.tracing.unwrap import unwrapped
+from dist_compress.tracing.walk import each_module, modules_of, parameters_of
 
 
 class Capture:
@@ -43,7 +44,7 @@ class Capture:
     @cached_property
     def holds_no_size(self) -> bool:
         """Whether nothing but torch's own layers, which follow their weights, could know a size of a tensor."""
-        if self.trace.reads_sizes or any(map(names_a_size, {type(module) for module in self.model.modules()})):
+        if self.trace.reads_sizes or any(map(names_a_size, {type(module) for module in each_module(self.model)})):
             return False
         grouped = (op for op in self.trace.tape if op.name == "convolution" and op.arg("groups") != 1)
         modules = {type(self.model.get_submodule(op.module)).__module__ for op in grouped}
@@ -68,7 +69,7 @@ class Capture:
 
     def values_of(self, model: nn.Module) -> dict[int, torch.Tensor]:
         """The values of a run of a copy with other weights, {} when it is not the captured program or has none."""
-        if any(parameter.is_meta for parameter in model.parameters()):
+        if any(parameter.is_meta for parameter in parameters_of(modules_of(model)).values()):
             return {}
         again = self._trace(model, values=True)
         return again.values if _same_program(again, self.trace) else {}

@@ -12,6 +12,7 @@ from dist_compress.speedup.structure import Structure
 from dist_compress.speedup.swaps import is_attention
 from dist_compress.speedup.training_only import pin_training_inputs
 from dist_compress.tracing import Op, Ref, Trace
+from dist_compress.tracing.walk import each_module
 
 
 def build(
@@ -29,7 +30,9 @@ def build(
         s.pin_all(ref, "is an input of the model")
     for ref in trace.outputs:
         s.pin_all(ref, "is an output of the model")
-    fixed = {name for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention) and not is_attention(m)}
+    fixed = {
+        name for m, name in each_module(model).items() if isinstance(m, nn.MultiheadAttention) and not is_attention(m)
+    }
     for key, info in trace.tensors.items():
         if info.kind == "const":
             for var in s.dims(Ref(key)):

@@ -44,8 +44,8 @@ class Matmul(Rule):
     def taint(self, op: Op, f) -> list[torch.Tensor]:
         a, b, bias = self.operands(op)
         total = _or(
-            (f.tainted(a), f.tainted(a).any(), lambda x: sets.matmul(x, f.nonzero(b))),
-            (f.tainted(b), f.tainted(b).any(), lambda x: sets.matmul(f.nonzero(a), x)),
+            (f.tainted(a), not sets.is_none(f.tainted(a)), lambda x: sets.matmul(x, f.nonzero(b))),
+            (f.tainted(b), not sets.is_none(f.tainted(b)), lambda x: sets.matmul(f.nonzero(a), x)),
             rank=len(f.shape(op.out)),
         )
         return [total if bias is None else total | f.tainted(bias)]
@@ -106,11 +106,12 @@ class Convolution(Rule):
 
     def _weight(self, s: torch.Tensor, op: Op, f) -> torch.Tensor:
         """The set of the weight as [groups, out of a group, in of a group], of which each may be 1."""
-        s = sets.any_over(s, range(2, s.dim())).flatten(1)
-        _, o, i = self._sizes(op, f)
-        g = op.arg("groups")
+        if s.numel() == 1:
+            return s.view(1, 1, 1)
+        s = sets.any_over(s, range(2, s.dim()))
         transposed = op.arg("transposed")
         if s.size(0) > 1:
+            g, o, i = self._sizes(op, f)
             s = s.reshape(g, i if transposed else o, s.size(1))
         else:
             s = s.reshape(1, 1, s.size(1))
@@ -123,8 +124,10 @@ class Convolution(Rule):
 
     def _channels(self, s: torch.Tensor, num_groups: int) -> torch.Tensor:
         """The set of data as [groups, channels of a group]."""
-        s = sets.any_over(s, [0, *range(2, s.dim())]).flatten()
-        return s.reshape(num_groups, -1) if s.numel() > 1 else s.reshape(1, 1)
+        if s.numel() == 1:
+            return s.view(1, 1)
+        s = sets.any_over(s, [0, *range(2, s.dim())])
+        return s.reshape(num_groups, -1) if s.numel() > 1 else s.view(1, 1)
 
     def _spread(self, s: torch.Tensor, wide: tuple[int, int], rank: int) -> torch.Tensor:
         """[groups, channels of a group] back to the rank of the data."""
@@ -144,10 +147,11 @@ class Convolution(Rule):
     def _reached(self, op: Op, f, pairs: list[tuple[torch.Tensor, torch.Tensor]], of_bias) -> list[torch.Tensor]:
         """Outputs that see an element of both sets of a pair (data, weight), or one of the bias."""
         g, o, _ = self._sizes(op, f)
-        total = torch.zeros((1, 1), dtype=torch.bool)
+        total = sets.uniform(2, False)
         for data, weight in pairs:
-            if bool(data.any()) and bool(weight.any()):
-                total = total | sets.matmul(self._weight(weight, op, f), self._channels(data, g)[..., None])[..., 0]
+            if not sets.is_none(data) and not sets.is_none(weight):
+                seen = sets.matmul(self._weight(weight, op, f), self._channels(data, g)[..., None])[..., 0]
+                total = seen if sets.is_none(total) else total | seen
         total = self._spread(total, (g, o), len(f.shape(op.out)))
         if len(op.inputs) > 2:
             bias = of_bias(op.inputs[2])

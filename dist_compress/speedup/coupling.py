@@ -115,7 +115,7 @@ def _tried(given: Capture, groups: Groups, which: Iterable[int]) -> Groups:
     checked, kept = list(groups), _kept(made)
     for i, units in removed.items():
         group, where = groups[i]
-        failed = next((m for m in group.members if not _gone(m, units, kept)), None)
+        failed = _first_left(group, units, kept)
         if failed is not None:
             why = [b.reason for b in made.blocked if b.fqn == failed.fqn and b.dim == failed.dim]
             text = why[0] if why else f"{failed.fqn} keeps them along dim {failed.dim}"
@@ -160,12 +160,15 @@ def masks_of(model: nn.Module, chosen: list[tuple[UnitGroup, torch.Tensor]]) -> 
     masks: dict[str, torch.Tensor] = {}
     parameters = parameters_of(modules_of(model))
     for group, units in chosen:
+        vectors: dict[tuple[int, int], torch.Tensor] = {}  # members on one variable share their index
         for member in group.members:
             if member.role != "consumer":
                 shape = parameters[member.fqn].shape
-                vector = torch.ones(shape[member.dim], dtype=torch.bool)
-                vector[member.index[units].flatten()] = False
-                vector = vector.view([-1 if d == member.dim else 1 for d in range(len(shape))])
+                key = id(member.index), shape[member.dim]
+                if key not in vectors:
+                    gone = member.index[units].flatten()
+                    vectors[key] = torch.ones(key[1], dtype=torch.bool).index_fill_(0, gone, False)
+                vector = vectors[key].view([-1 if d == member.dim else 1 for d in range(len(shape))])
                 masks[member.fqn] = masks[member.fqn] & vector if member.fqn in masks else vector
     return masks
 
@@ -191,9 +194,16 @@ def _kept(made: Plan) -> dict[tuple[str, int], torch.Tensor]:
     return found
 
 
-def _gone(member: Member, units: torch.Tensor, kept: dict[tuple[str, int], torch.Tensor]) -> bool:
-    positions = kept.get((member.fqn, member.dim))
-    return positions is not None and not bool(positions[member.index[units]].any())
+def _first_left(group: UnitGroup, units: torch.Tensor, kept: dict[tuple[str, int], torch.Tensor]) -> Member | None:
+    """The first member that keeps a slice of `units`."""
+    gone: set[tuple[int, int]] = set()  # pairs that were looked at: members on one variable share both
+    for member in group.members:
+        positions = kept.get((member.fqn, member.dim))
+        pair = id(positions), id(member.index)
+        if positions is None or (pair not in gone and bool(positions[member.index[units]].any())):
+            return member
+        gone.add(pair)
+    return None
 
 
 def _costs(s: Structure, groups: list[tuple[UnitGroup, dict[int, torch.Tensor]]]) -> list[LayerCost]:

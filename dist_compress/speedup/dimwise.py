@@ -60,7 +60,7 @@ class Dimwise(Rule):
         x = op.inputs[0]
         special = self.special(op, len(f.shape(x)))
         s = sets.any_over(f.tainted(x) | self._size_dependent(op, f, special), sorted(special))
-        if any(bool(f.tainted(ref).any()) for ref in op.inputs[1:]):
+        if not all(sets.is_none(f.tainted(ref)) for ref in op.inputs[1:]):
             s = sets.uniform(s.dim(), True)
         return self._outputs(s, special, op, f)
 

@@ -7,7 +7,7 @@ kept, see fold.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -42,10 +42,11 @@ class Facts:
         self._weightless = self._find_weightless() if masks is not None else set()
 
     def _canonical(self, elements: torch.Tensor) -> torch.Tensor:
-        if id(elements) not in self._sets:
-            elements = sets.canonical(elements)
-            self._sets[id(elements)] = elements
-        return elements
+        known = self._sets.get(id(elements))
+        if known is None:
+            known = sets.canonical(elements)
+            self._sets[id(known)] = known
+        return known
 
     def taint(self, ref: Ref, elements: torch.Tensor) -> None:
         elements = self._canonical(elements)
@@ -70,6 +71,10 @@ class Facts:
     def dependent(self, ref: Ref) -> bool:
         return self.trace.info(ref).dependent
 
+    def any_dependent(self, refs: Sequence[Ref]) -> bool:
+        tensors = self.trace.tensors
+        return any([tensors[ref.id].dependent for ref in refs])
+
     def value(self, ref: Ref) -> torch.Tensor | None:
         """What it was in the masked run; None where that cannot be known."""
         if self._values is None:
@@ -88,10 +93,11 @@ class Facts:
 
     def nonzero(self, ref: Ref) -> torch.Tensor:
         """Elements that are not a known zero."""
-        if ref.id not in self._nonzero:
+        known = self._nonzero.get(ref.id)
+        if known is None:
             found = self._by_value(ref) if self.masks is None else self._by_mask(ref, self.masks)
-            self._nonzero[ref.id] = self._canonical(found)
-        return self._nonzero[ref.id]
+            known = self._nonzero[ref.id] = self._canonical(found)
+        return known
 
     def _by_value(self, ref: Ref) -> torch.Tensor:
         tainted = self.tainted(ref)
@@ -108,7 +114,7 @@ class Facts:
         total = sets.uniform(len(info.shape), True)
         for fqn in info.all_fqns:
             if fqn in masks:
-                total = total & masks[fqn]
+                total = masks[fqn] if sets.is_all(total) else total & masks[fqn]
         if ref.id in self._weightless:
             value = constant(self.trace, ref)
             total = total if value is None else _nonzero_elements(value)
@@ -126,7 +132,9 @@ class Facts:
 
     def alive(self, ref: Ref) -> torch.Tensor:
         observed, tainted = self.observed(ref), self.tainted(ref)
-        return observed if sets.is_all(tainted) else tainted if sets.is_all(observed) else observed & tainted
+        if observed is tainted or sets.is_all(tainted):
+            return observed
+        return tainted if sets.is_all(observed) else observed & tainted
 
     def hidden(self, ref: Ref, elements: torch.Tensor) -> bool:
         """Whether tainting `elements` too taints no more of any dim of `ref` that could shrink."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from itertools import accumulate
 
 import torch
 
@@ -25,7 +26,7 @@ class Keep:
         self.structure, self.round_to = s, round_to
         self.reasons: list[str] = [""]
         self._reason_ids: dict[str, int] = {"": 0}
-        roots = sorted({s.find(v) for v in range(len(s.parent))})
+        roots = s.roots()
         sizes = [s.sizes[v] for v in roots]
         total = sum(sizes)
         self._kept, self._cause = torch.zeros(total, dtype=torch.bool), torch.zeros(total, dtype=torch.int32)
@@ -47,7 +48,7 @@ class Keep:
                 full.add(var)
                 seeds.append((var, None, why))
         seeds += self._unreached(facts, full)
-        self._sow(seeds, dict(zip(roots, torch.arange(total).split(sizes), strict=True)))
+        self._sow(seeds, dict(zip(roots, accumulate(sizes, initial=0), strict=False)))
         self.close()
 
     def _alive(self, facts: Facts, full: set[int]) -> list[_Seed]:
@@ -60,7 +61,7 @@ class Keep:
             if not facts.dependent(ref) or full.issuperset(dims):
                 continue
             alive = facts.alive(ref)
-            if not bool(alive.any()):
+            if not bool(alive if alive.numel() == 1 else alive.any()):
                 continue
             op = makers.get(key)
             where = f"{op.name} in {op.module or 'the model itself'}" if op is not None else "an input"
@@ -110,18 +111,21 @@ class Keep:
                 queue.extend(fresh)
         return found
 
-    def _sow(self, seeds: list[_Seed], places: dict[int, torch.Tensor]) -> None:
+    def _sow(self, seeds: list[_Seed], starts: dict[int, int]) -> None:
         """Keep what the seeds say, all at once; the first one that keeps a position is its cause.
 
-        places: the positions of each variable in the flat vectors.
+        starts: where each variable begins in the flat vectors.
         """
         if not seeds:
             return
+        sizes = [self.structure.sizes[var] for var, _, _ in seeds]
+        whole = torch.ones(max(sizes), dtype=torch.bool)
         ids = torch.tensor([*(self._reason(why) for _, _, why in seeds), 0], dtype=torch.int32)
-        position = torch.cat([places[var] for var, _, _ in seeds])
-        some = [torch.ones_like(places[var], dtype=torch.bool) if v is None else v for var, v, _ in seeds]
-        order = torch.arange(len(seeds)).repeat_interleave(torch.tensor([len(v) for v in some]))
-        wanted = torch.cat(some)
+        order = torch.arange(len(seeds)).repeat_interleave(torch.tensor(sizes))
+        before = accumulate(sizes, initial=0)
+        shift = torch.tensor([starts[var] - done for (var, _, _), done in zip(seeds, before, strict=False)])
+        position = torch.arange(len(order)) + shift[order]
+        wanted = torch.cat([whole[:n] if v is None else v for n, (_, v, _) in zip(sizes, seeds, strict=True)])
         first = torch.full(self._kept.shape, len(seeds))
         first.scatter_reduce_(0, position[wanted], order[wanted], "amin")
         self._kept.copy_(first < len(seeds))

@@ -32,7 +32,7 @@ def propagate(
             for ref, elements in zip(op.outputs, rule.nonzero(op, facts), strict=True):
                 if ref is not None:
                     facts.set_nonzero(ref, elements)
-        if any(facts.dependent(ref) for ref in op.inputs):
+        if facts.any_dependent(op.inputs):
             for ref, elements in zip(op.outputs, rule.taint(op, facts), strict=True):
                 if ref is not None:
                     facts.taint(ref, elements)
@@ -44,7 +44,7 @@ def propagate(
                 facts.observe(ref, sets.uniform(len(facts.shape(ref)), True))
             continue
         seen = [None if ref is None else facts.seen(ref) for ref in op.outputs]
-        if all(s is None for s in seen) or not any(facts.dependent(ref) for ref in op.inputs):
+        if all(s is None for s in seen) or not facts.any_dependent(op.inputs):
             continue
         for ref, elements in rule_of(op).live(op, facts, seen):
             if facts.dependent(ref):
@@ -53,4 +53,7 @@ def propagate(
 
 
 def _some_zero(op: Op, facts: Facts) -> bool:
-    return not all(sets.is_all(facts.nonzero(ref)) for ref in op.inputs)
+    for ref in op.inputs:
+        if not sets.is_all(facts.nonzero(ref)):
+            return True
+    return False

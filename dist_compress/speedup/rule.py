@@ -36,7 +36,7 @@ class Rule:
                 s.pin_all(ref, why, op)
 
     def taint(self, op: Op, f: Facts) -> list[torch.Tensor]:
-        tainted = any(bool(f.tainted(ref).any()) for ref in op.inputs)
+        tainted = not all(sets.is_none(f.tainted(ref)) for ref in op.inputs)
         return [sets.uniform(rank(ref, f), tainted) for ref in op.outputs]
 
     def nonzero(self, op: Op, f: Facts) -> list[torch.Tensor]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+from torch._ops import OpOverload
 
 from dist_compress.speedup import (
     bilinear,
@@ -20,7 +23,7 @@ from dist_compress.speedup import (
 from dist_compress.speedup.probe import Probed
 from dist_compress.speedup.rule import Rule
 from dist_compress.tracing import ModuleCall, Op
-from dist_compress.tracing.tape import Overlay
+from dist_compress.tracing.tape import Overlay, aten_name
 
 _NAMES: dict[Rule, str] = {
     elementwise.Pointwise(): "add sub clone _to_copy to contiguous detach alias lift_fresh lift_fresh_copy "
@@ -93,13 +96,16 @@ def rule_of(op: Op) -> Rule:
     if isinstance(op.target, ModuleCall):
         formula = norms.formula_of(op.target.module)
         return _BARRIER if formula is None else norms.NormModule(formula)
-    if isinstance(op.target, Overlay):
-        return _WRITE
-    overload = op.target._overloadname
-    if op.name in ("max", "min") and overload == "other":
+    return _WRITE if isinstance(op.target, Overlay) else _rule_of_aten(op.target)
+
+
+@functools.cache
+def _rule_of_aten(target: OpOverload) -> Rule:
+    name, overload = aten_name(target), target._overloadname
+    if name in ("max", "min") and overload == "other":
         return _POINTWISE
-    if op.name == "view" and overload == "dtype":
+    if name == "view" and overload == "dtype":
         return _BARRIER
-    if op.name in _RULES:
-        return _RULES[op.name]
-    return _POINTWISE if torch.Tag.pointwise in op.target.tags else _UNKNOWN
+    if name in _RULES:
+        return _RULES[name]
+    return _POINTWISE if torch.Tag.pointwise in target.tags else _UNKNOWN

@@ -22,6 +22,11 @@ def is_all(s: torch.Tensor) -> bool:
     return s.numel() == 1 and bool(s)
 
 
+def is_none(s: torch.Tensor) -> bool:
+    """Whether a canonical set is empty."""
+    return s.numel() == 1 and not bool(s)
+
+
 def canonical(s: torch.Tensor) -> torch.Tensor:
     """The same set, at size 1 everywhere when it is everything or nothing."""
     size = s.numel()
@@ -66,6 +71,10 @@ def any_over(s: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     return s.any(dim=tuple(wide), keepdim=True) if wide else s
 
 
+def _any(s: torch.Tensor, dim: int) -> torch.Tensor:
+    return s if s.size(dim) == 1 else s.any(dim, keepdim=True)
+
+
 def fit(s: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Un-broadcast: the union over what a tensor of `shape` was broadcast along, with the rank of `shape`."""
     extra = s.dim() - len(shape)
@@ -83,7 +92,7 @@ def restrict(element_set: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Elements of a @ b that see an element of both: [..., m, k], [..., k, n] -> [..., m, n], all compressed."""
     if a.size(-1) == 1 or b.size(-2) == 1:  # uniform along what is summed over
-        return a.any(-1, keepdim=True) & b.any(-2, keepdim=True)
+        return _any(a, -1) & _any(b, -2)
     if a.size(-2) == 1:
         return (a.mT & b).any(-2, keepdim=True)
     if b.size(-1) == 1:

@@ -100,11 +100,16 @@ class Structure:
             var = self.parent[var]
         return var
 
+    def roots(self) -> list[int]:
+        """The variables that represent themselves."""
+        return [var for var, parent in enumerate(self.parent) if var == parent]
+
     def dims(self, ref: Ref) -> list[int]:
         """The variables of a tensor's dims."""
-        if ref.id not in self._dims:
-            self._dims[ref.id] = [self.new(n) for n in self.trace.info(ref).shape]
-        return self._dims[ref.id]
+        dims = self._dims.get(ref.id)
+        if dims is None:
+            dims = self._dims[ref.id] = [self.new(n) for n in self.trace.info(ref).shape]
+        return dims
 
     def known(self) -> list[int]:
         """Ids of the tensors that have variables."""

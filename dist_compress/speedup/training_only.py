@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dist_compress.speedup.structure import Structure
 from dist_compress.tracing import Ref
 from dist_compress.tracing.untouched import untouched
+from dist_compress.tracing.walk import each_module
 
 _Reader = tuple[str, str | None, tuple[int, ...]]
 
@@ -22,7 +23,7 @@ def pin_training_inputs(s: Structure, model: nn.Module, args: Any, kwargs: Any) 
     """Pin what modules read that own parameters and were not called in the eval run. The model is left as it was."""
     called = {name for name, _ in s.trace.calls}
     uncalled = {
-        module: name for name, module in model.named_modules() if name not in called and list(module.parameters())
+        module: name for module, name in each_module(model).items() if name not in called and list(module.parameters())
     }
     if not uncalled or not _holds_unused_parameters(s):
         return

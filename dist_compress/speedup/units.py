@@ -73,7 +73,7 @@ def _classes(s: Structure, with_roles: set[int], wanted: set[int]) -> list[_Clas
 
 def _clusters(s: Structure) -> list[tuple[list[int], list[Link], list[Box]]]:
     """The variables that links and boxes connect, with these."""
-    parent = {v: v for v in sorted({s.find(v) for v in range(len(s.parent))})}
+    parent = {v: v for v in s.roots()}
 
     def find(v: int) -> int:
         while parent[v] != v:

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_compress.tracing.walk import each_module
+
 _BY_TEXT = frozenset("getattr vars locals eval exec attrgetter __dict__ __getattribute__ __getattr__".split())
 _PLAIN = (int, float, str, bytes, type, BuiltinFunctionType, torch.Tensor, torch.dtype, torch.device, nn.Module)
 
 
 def names_read(model: nn.Module) -> frozenset[str] | None:
     """The names; None where code reads attributes that it names by text, or calls what cannot be looked into."""
-    modules = [module for module in model.modules() if not _of_torch(type(module))]
+    modules = [module for module in each_module(model) if not _of_torch(type(module))]
     held = [value for module in modules for name, value in vars(module).items() if name not in _MODULE_STATE]
     if not all(map(_is_known, held)) or any(isinstance(m, torch.jit.ScriptModule) for m in modules):
         return None

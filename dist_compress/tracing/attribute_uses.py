@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from dist_compress.tracing.attribute_names import names_read
 from dist_compress.tracing.tape import Ref, Trace
 from dist_compress.tracing.trace import current_ref
+from dist_compress.tracing.walk import each_module
 
 # What takes sizes of its result, all of them, in order.
 _SHAPED = frozenset(
@@ -77,7 +78,7 @@ def _named(model: nn.Module) -> Iterator[None]:
 
 def _integers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, int]]:
     """(fqn, user's module, attribute, value) that may be sizes."""
-    for fqn, module in model.named_modules():
+    for module, fqn in each_module(model).items():
         if type(module).__module__.startswith("torch.") or isinstance(module, torch.jit.ScriptModule):
             continue
         for name, value in vars(module).items():

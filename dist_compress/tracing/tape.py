@@ -129,7 +129,7 @@ class Op:
         """The ATen name without overload and without the in-place underscore: add_.Tensor is "add"."""
         if isinstance(self.target, ModuleCall | Overlay):
             return self.target.name
-        return _name(self.target)
+        return aten_name(self.target)
 
     @functools.cached_property
     def _positions(self) -> dict[str, tuple[int, Any]]:
@@ -155,7 +155,8 @@ class Op:
 
 
 @functools.cache
-def _name(target: OpOverload) -> str:
+def aten_name(target: OpOverload) -> str:
+    """Of `add_.Tensor` it is "add"."""
     name = target._schema.name.split("::")[1]
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
@@ -193,7 +194,7 @@ def map_tensors(tree: Any, fn: Any) -> Any:
     if isinstance(tree, (torch.Tensor, Ref)):
         return fn(tree)
     if isinstance(tree, (list, tuple)):
-        return type(tree)([map_tensors(item, fn) for item in tree])
+        return type(tree)([item if type(item) in _PLAIN else map_tensors(item, fn) for item in tree])
     if isinstance(tree, dict):
         return {key: map_tensors(item, fn) for key, item in tree.items()}
     return tree

@@ -33,7 +33,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
             module.training = False
         torch.backends.mha.set_fastpath_enabled(False)
         rng = torch.random.fork_rng(devices=[d for d in devices if d is not None])
-        with rng, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _eager(model):
+        with rng, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _eager(modules):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -61,6 +61,6 @@ def _restore_tensors(current: dict[str, Any], saved: dict[str, Any]) -> None:
                 del current[name]
 
 
-def _eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    compiled = (type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules())
+def _eager(modules: list[nn.Module]) -> contextlib.AbstractContextManager[Any]:
+    compiled = (type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in modules)
     return torch.compiler.set_stance("force_eager") if any(compiled) else contextlib.nullcontext()

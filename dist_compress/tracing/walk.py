@@ -10,14 +10,25 @@ from torch import nn
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """{fqn: module} in the order of `named_modules(remove_duplicate=False)`."""
-    found: dict[str, nn.Module] = {}
-    stack = [("", model)]
-    while stack:
-        name, module = stack.pop()
-        found[name] = module
-        prefix = f"{name}." if name else ""
-        children = [(prefix + own, child) for own, child in module._modules.items() if child is not None]
-        stack.extend(reversed(children))
+    found = {"": model}
+    _add_children(model, "", found)
+    return found
+
+
+def _add_children(module: nn.Module, prefix: str, found: dict[str, nn.Module]) -> None:
+    for own, child in module._modules.items():
+        if child is not None:
+            name = prefix + own
+            found[name] = child
+            if child._modules:
+                _add_children(child, name + ".", found)
+
+
+def each_module(model: nn.Module) -> dict[nn.Module, str]:
+    """{module: its first fqn} in the order of `named_modules()`."""
+    found: dict[nn.Module, str] = {}
+    for name, module in modules_of(model).items():
+        found.setdefault(module, name)
     return found
 
 
