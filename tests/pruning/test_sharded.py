@@ -100,7 +100,7 @@ MIXED = [  # a coupled set; rows, columns, tiles, a pattern and a threshold; a g
 def test_all_granularities_with_what_follows_them(ranks, kind):
     keys = {"schedule": SCHEDULE}
     expected = ranks(1, run, "whole", MIXED, keys, 3)[0]
-    assert len({mark for *_, mark in expected[0]}) > 1 and len(expected[2]) == 5
+    assert len({mark for *_, mark in expected[0]}) > 1 and len(expected[2]["groups"]) == 5
     for size in {"fsdp": (2, 3, 4), "flat": (1, 2, 3, 4), "hsdp": (4,)}[kind]:
         for found in ranks(size, run, kind, MIXED, keys, 3):
             assert same(found, expected), (size, found[0], expected[0])
