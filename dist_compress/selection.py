@@ -2,8 +2,8 @@
 
     (op_names | modules matching op_names_re) & op_types, or op_types alone; minus what the exclude_ keys name
 
-where a type is the exact class name, and a pattern must match from the start of the module name (`re.match`). What
-matches nothing is an error.
+where a type is the exact class name (of a parametrized module, that of the class it was), and a pattern must match
+from the start of the module name (`re.match`). What matches nothing is an error.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from dist_compress.errors import UserError
 
@@ -29,7 +30,7 @@ class Modules:
         self.names = {name: first[id(m)] for name, m in model.named_modules(remove_duplicate=False) if name}
 
     def types(self) -> set[str]:
-        return {type(module).__name__ for module in self.modules.values()}
+        return {type_name(module) for module in self.modules.values()}
 
     def chosen(self, entry: dict[str, Any], where: str) -> list[str]:
         """The modules an entry selects, in model order. Raises UserError."""
@@ -46,14 +47,14 @@ class Modules:
 
     def prunable_types(self, least: int) -> str:
         """Types with a weight of so many dims or more, for messages."""
-        return ", ".join(sorted({type(m).__name__ for m in self.modules.values() if weight_dims(m) >= least}))
+        return ", ".join(sorted({type_name(m) for m in self.modules.values() if weight_dims(m) >= least}))
 
     def _match(self, wanted: list[str], key: str, where: str) -> set[str]:
         """Modules named by one selector. Each of its values must name at least one."""
         found: set[str] = set()
         for value in wanted:
             if key.endswith("op_types"):
-                hits = {name for name, module in self.modules.items() if type(module).__name__ == value}
+                hits = {name for name, module in self.modules.items() if type_name(module) == value}
             elif key.endswith("op_names"):
                 hits = {self.names[value]} if value in self.names else set()
             else:
@@ -73,6 +74,22 @@ class Modules:
         weighted = [name for name in self.names if weight_dims(self.modules[self.names[name]]) >= 2]
         listed = ", ".join(weighted[:30]) + (f", ... ({len(weighted)} in all)" if len(weighted) > 30 else "")
         return (f"did you mean {' or '.join(close)}? " if close else "") + f"names in this model: {listed}."
+
+
+def type_name(module: nn.Module) -> str:
+    """Its class name; torch.nn.utils.parametrize puts a class of its own in the place of the one it was."""
+    return parametrize.type_before_parametrizations(module).__name__
+
+
+def how_computed(module: nn.Module) -> str:
+    """Why a layer has a weight that is no parameter, and what to call first; "" when it is not computed."""
+    if parametrize.is_parametrized(module, "weight"):
+        return "a parametrization: call torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') first"
+    if "weight_orig" in module._parameters:
+        return "a mask of torch.nn.utils.prune or a spectral norm: call its remove function on the module first"
+    if "weight_v" in module._parameters:
+        return "a weight norm: call torch.nn.utils.remove_weight_norm(module) first"
+    return ""
 
 
 def weight_dims(module: nn.Module) -> int:

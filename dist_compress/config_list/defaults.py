@@ -16,7 +16,7 @@ from torch import nn
 from dist_compress.config_list.entry import Entry, by_target
 from dist_compress.config_list.noun import Asked, Noun
 from dist_compress.errors import UserError
-from dist_compress.selection import Modules
+from dist_compress.selection import Modules, type_name
 
 
 def register(noun: Noun[Any], module_type: str | type[nn.Module], targets: Mapping[str, Mapping[str, Any]]) -> None:
@@ -51,4 +51,4 @@ class Defaults:
 
     def of(self, module: nn.Module) -> dict[str, Asked]:
         """{target, by the name that was given: what is asked of it} of a module's type."""
-        return self.by_type.get(type(module).__name__) or {}
+        return self.by_type.get(type_name(module)) or {}

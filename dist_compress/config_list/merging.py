@@ -17,7 +17,7 @@ from dist_compress.config_list.entry import Entry, check, is_activation
 from dist_compress.config_list.noun import Noun, S
 from dist_compress.config_list.setting import Setting, shown
 from dist_compress.errors import UserError
-from dist_compress.selection import Modules
+from dist_compress.selection import Modules, how_computed, type_name
 from dist_compress.sites import Sites
 
 
@@ -114,9 +114,11 @@ class _Merger(Generic[S]):
         self._check_targets_exist(entry, chosen, found)
         unfit = [name for name in chosen if name not in found]
         if unfit and (entry.given.get("op_types") or not entry.given.get("op_names_re") or not found):
-            kind = type(self.modules.modules[unfit[0]]).__name__
+            module = self.modules.modules[unfit[0]]
+            why = how_computed(module)
             raise UserError(
-                f"{entry.where} selects {unfit[0]} ({kind}), which has {self.noun.unfit(self.modules, entry)}"
+                f"{entry.where} selects {unfit[0]} ({type_name(module)}), which has "
+                f"{self.noun.unfit(self.modules, entry)}" + (f" Its weight is computed by {why}." if why else "")
             )
         return found
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from pruning_nets import Net, config
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 from dist_compress.errors import UserError
 from dist_compress.pruning.config_list import resolve
@@ -47,6 +48,28 @@ def test_types_are_exact_classes():
     model = nn.ModuleDict({"x": MyLinear(2, 2), "y": nn.Linear(2, 2)})
     assert names({"op_types": ["Linear"]}, model=model) == ["y"]
     assert names({"op_types": ["MyLinear"]}, model=model) == ["x"]
+
+
+def test_a_parametrized_module_is_of_the_class_it_was():
+    model = nn.ModuleDict({"x": parametrizations.weight_norm(nn.Linear(2, 2)), "y": nn.Linear(2, 2)})
+    assert names({"op_types": ["Linear"], "exclude_op_names": ["x"]}, model=model) == ["y"]
+    parametrize.remove_parametrizations(model["x"], "weight")
+    assert names({"op_types": ["Linear"]}, model=model) == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (parametrizations.weight_norm, "a parametrization: call torch.nn.utils.parametrize.remove_parametrizations"),
+        (lambda m: prune.random_unstructured(m, "weight", 0.5), "a mask of torch.nn.utils.prune or a spectral norm"),
+        (weight_norm, "a weight norm: call torch.nn.utils.remove_weight_norm"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_a_computed_weight_is_refused_with_what_to_do(change, said):
+    model = nn.ModuleDict({"x": change(nn.Linear(2, 2)), "y": nn.Linear(2, 2)})
+    with pytest.raises(UserError, match=r"selects x \(Linear\), which has no weight .* is computed by " + said):
+        names({"op_types": ["Linear"]}, model=model)
 
 
 def test_a_module_with_two_names_is_one_target():
