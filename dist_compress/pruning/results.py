@@ -13,6 +13,7 @@ from dist_compress.layout import Layout
 from dist_compress.pruning.budget import Budget
 from dist_compress.pruning.elements import Elements
 from dist_compress.pruning.setting import AT_MOST, Setting
+from dist_compress.pruning.sparsity import share
 from dist_compress.pruning.units import Kept, UnitSet
 
 Row = dict[str, Any]
@@ -100,7 +101,7 @@ def targets(
             reason = f"its share of {group}"
         elif not reason and s.sparse_threshold is not None:
             reason = f"scores below {s.sparse_threshold:g}"
-        elif not reason and gone != s.sparse_ratio * num:
+        elif not reason and gone != share(s.sparse_ratio) * num:
             reason = f"whole {unit} only"
         if coupled.get(s.name, 1) > 1 and s.name not in why:
             reason = f"{reason}{', ' if reason else ''}coupled with {coupled[s.name] - 1} more"

@@ -10,7 +10,7 @@ module stands alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,7 @@ def collect(
         seen = {name for s in sets for name in s.targets} | {k.name for k in kept}
         unseen = "the trace shows no channels of it that could be removed"
         kept += [Kept(s.name, unseen, num_channels(model, s)) for s in coupled.values() if s.name not in seen]
+    _check_ends(sets)
     own: dict[str, list[Setting]] = {}
     for name, setting in targets.items():
         if setting.dependency_group_id != "auto":
@@ -96,6 +97,19 @@ def collect(
     sets.sort(key=lambda s: min(order[name] for name in s.targets))
     kept.sort(key=lambda k: order[k.name])
     return sets, kept
+
+
+def _check_ends(sets: Sequence[UnitSet]) -> None:
+    """Coupled channels that are asked for where they are made and where they are read would lose both shares."""
+    first: dict[int | None, UnitSet] = {}
+    for s in sets:
+        other = first.setdefault(s.coupled, s)
+        if other is not s:
+            raise UserError(
+                f"{other.targets[0]} ({other.setting.said_by('granularity')}) and {s.targets[0]} "
+                f"({s.setting.said_by('granularity')}) are the two ends of the same channels, which are decided once. "
+                "Leave one of them out, or set dependency_group_id: null for the one that reads them."
+            )
 
 
 def _coupled_set(

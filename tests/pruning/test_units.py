@@ -57,6 +57,15 @@ def test_in_channel_units_need_every_reader():
     assert kept == {"free": "coupled with a, which is not a target"}
 
 
+def test_channels_are_decided_once():
+    with pytest.raises(UserError, match="are the two ends of the same channels, which are decided once") as refused:
+        sets_of({"op_names": ["a"]}, {"op_names": ["b"], "granularity": "in_channel"})
+    assert "a (granularity='out_channel' by default)" in str(refused.value)
+    assert "b (pruning.config_list[1].granularity='in_channel')" in str(refused.value)
+    entry = {"op_names": ["b"], "granularity": "in_channel", "dependency_group_id": None}
+    assert list(sets_of({"op_names": ["a"]}, entry)[0]) == ["a", "b"]  # these are the columns of b alone
+
+
 def test_without_a_dependency_a_module_stands_alone_with_its_norm():
     sets, _ = sets_of({"op_names": ["stem", "free"], "dependency_group_id": "none"})
     assert [m.fqn for m in sets["stem"].masked] == ["stem.weight", "bn.weight", "bn.bias"]
