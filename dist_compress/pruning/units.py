@@ -202,13 +202,13 @@ def _num_parts(members: list[Setting], num_units: int) -> int:
     """Least common multiple of what the members ask for. Raises UserError unless the units can be cut so, with
     something left to choose in each part."""
     parts = math.lcm(*(s.internal_metric_block for s in members))
+    asked = [s.said_by("internal_metric_block") for s in members if s.internal_metric_block > 1]
+    said = " and ".join(dict.fromkeys(asked))
     if num_units % parts:
-        said = " and ".join(s.said_by("internal_metric_block") for s in members if s.internal_metric_block > 1)
         raise UserError(
             f"{', '.join(s.name for s in members)}: {said}: {num_units} units cannot be cut into {parts} equal parts."
         )
     if 1 < parts == num_units:
-        said = " and ".join(s.said_by("internal_metric_block") for s in members if s.internal_metric_block > 1)
         raise UserError(
             f"{', '.join(s.name for s in members)}: {said}: there are {num_units} units, so that each part is a single "
             "one and nothing could go. If these are heads that go as a whole, leave it out."
