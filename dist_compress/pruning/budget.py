@@ -244,7 +244,8 @@ def _limit_budget(sets: Sequence[UnitSet], context: Context) -> Budget:
     at_most, round_to = context.config.pruning.at_most, context.config.speedup.round_to
     currencies = []
     if at_most.macs is not None:
-        currencies.append(Currency("macs", costs.all_macs(sets, context.coupling, round_to), share(at_most.macs)))
+        cost = costs.all_macs(sets, context.coupling, context.model, round_to)
+        currencies.append(Currency("macs", cost, share(at_most.macs)))
     if at_most.params is not None:
         currencies.append(Currency("params", costs.all_params(sets, context.model, round_to), share(at_most.params)))
     if at_most.latency_ms is not None:

@@ -42,16 +42,22 @@ class Products:
 
     sets: Sequence[UnitSet]
     layers: Sequence[LayerCost]
-    round_to: int = 1  # what is kept of a factor that shrinks is rounded up to a multiple, as the speedup does
+    round_to: int = 1
+    rounded: Sequence[np.ndarray] = ()  # of each set, int64 [num_units + 1]: what the speedup keeps of so many units
 
     def left(self, removed: Sequence[np.ndarray]) -> Fraction:
+        kept = [~gone for gone in removed]
+        if self.round_to > 1:
+            more = [int(table[k.sum()] - k.sum()) for k, table in zip(kept, self.rounded, strict=True)]
+        else:
+            more = [0] * len(kept)
         total = Fraction(0)
         for layer in self.layers:
             cost = Fraction(layer.macs)
             for fixed, parts in layer.factors:
                 full = fixed + sum(float(weight.sum()) for _, weight in parts)
-                left = fixed + sum(float(weight.numpy()[~removed[i]].sum()) for i, weight in parts)
-                if self.round_to > 1 and left < full:
+                left = fixed + sum(float(w.numpy()[kept[i]].sum()) + more[i] * float(w.mean()) for i, w in parts)
+                if len(parts) > 1 and self.round_to > 1 and left < full:
                     left = min(full, -(-left // self.round_to) * self.round_to)
                 cost *= Fraction(left) / Fraction(full)
             total += cost
@@ -148,16 +154,39 @@ def params_of(sets: Sequence[UnitSet], model: nn.Module, settings: Sequence[Sett
     return Products(sets, _params(sets, model, list(counted)))
 
 
-def all_macs(sets: Sequence[UnitSet], coupling: Coupling, round_to: int) -> Products:
+def all_macs(sets: Sequence[UnitSet], coupling: Coupling, model: nn.Module, round_to: int) -> Products:
     """MACs of the whole model. Sets of the user's own count as whole: what goes of them only the speedup knows."""
     position = {s.coupled: i for i, s in enumerate(sets) if s.coupled is not None}
-    return Products(sets, [_macs(c, position, {}, sets) for c in coupling.layers], round_to)
+    layers = [_macs(c, position, {}, sets) for c in coupling.layers]
+    return Products(sets, layers, round_to, _rounded(sets, _all_params(sets, model), round_to))
 
 
 def all_params(sets: Sequence[UnitSet], model: nn.Module, round_to: int) -> Products:
     """Elements of all parameters, tied ones once."""
+    layers = _all_params(sets, model)
+    return Products(sets, layers, round_to, _rounded(sets, layers, round_to))
+
+
+def _all_params(sets: Sequence[UnitSet], model: nn.Module) -> list[LayerCost]:
     coupled = [s if s.coupled is not None else replace(s, members=()) for s in sets]
-    return Products(sets, _params(coupled, model, [name for name, _ in model.named_parameters()]), round_to)
+    return _params(coupled, model, [name for name, _ in model.named_parameters()])
+
+
+def _rounded(sets: Sequence[UnitSet], parameters: Sequence[LayerCost], round_to: int) -> list[np.ndarray]:
+    """Of each set, how many units stay when k are kept: as few more as make every dim of a parameter that holds no
+    other set a multiple of `round_to`, or all. Units of a dim are of one size there."""
+    fits = [np.ones(s.num_units + 1, bool) for s in sets]
+    for layer in parameters:
+        for fixed, parts in layer.factors:
+            if len(parts) == 1:
+                [(i, weight)] = parts
+                fits[i] &= (int(fixed) + np.arange(len(fits[i])) * int(weight[0])) % round_to == 0
+    tables = []
+    for fit in fits:
+        fit[-1] = True  # a dim that does not shrink is left as it is
+        where = np.flatnonzero(fit)
+        tables.append(where[np.searchsorted(where, np.arange(len(fit)))])
+    return tables
 
 
 def latency_of(sets: Sequence[UnitSet], coupling: Coupling, table: Latencies | None) -> Measured:

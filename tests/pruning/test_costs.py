@@ -65,12 +65,38 @@ def test_several_limits_all_hold_and_rounding_is_foreseen() -> None:
     assert report.limits[0]["predicted"] == macs(small, (X[0][:1],)) <= 3e6
 
 
+class Heads(nn.Module):
+    """Attention over four heads of four channels, and a layer behind: [B, 5, 8] -> [B, 5, 3]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.q, self.k, self.v = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(8, 16)
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).view(len(x), 5, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).reshape(len(x), 5, -1)
+        return self.down(self.up(y).relu())
+
+
+@pytest.mark.parametrize("round_to", [2, 4, 8])
+def test_rounding_of_heads_is_that_of_their_channels(round_to: int) -> None:
+    """One of four heads is a multiple of four in the weights; the products of the attention count heads."""
+    torch.manual_seed(0)
+    model, x = Heads().eval(), torch.randn(1, 5, 8)
+    keys = {"at_most": {"macs": 0.4 * macs(model, (x,))}, "round_to": round_to}
+    small, report = dist_compress.prune(model, (x,), {}, [{"op_types": ["Linear"]}], **keys)
+    assert report.limits[0]["predicted"] == macs(small, (x,)) <= keys["at_most"]["macs"]
+    assert small.q.out_features % round_to == small.up.out_features % round_to == 0 and small.q.out_features < 16
+
+
 def test_whole_model_by_hand() -> None:
     """Half of the stream (8), 2 of 6 inner and 4 of 10 free channels gone."""
     pruner, model, _ = attach(config([{"op_types": ["Conv2d"]}]))
     gone = [np.arange(8) < 4, np.arange(6) < 2, np.arange(10) < 4]
     assert [s.name for s in pruner.sets] == ["stem", "a", "free"]
-    cost = all_macs(pruner.sets, COUPLING, 1)
+    cost = all_macs(pruner.sets, COUPLING, model, 1)
     assert cost.left([g & False for g in gone]) == sum(layer.macs for layer in COUPLING.layers)
     assert cost.left(gone) == 16 * 27 * 4 + 2 * 16 * 9 * 16 + 4 * 9 * 4 + 4 * 4 * 6 + 5 * 4 * 6
     cost = all_params(pruner.sets, model, 1)
