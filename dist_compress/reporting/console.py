@@ -113,15 +113,15 @@ _SHOWN = {
 def target_table(targets: Sequence[Mapping[str, Any]], most: int = 40) -> Table:
     """What was asked of each target, what went and why; long lists are cut, the page has all."""
     more = f"{len(targets) - most} more targets are in report.html" if len(targets) > most else None
-    result = Table(title="Asked and given", title_justify="left", title_style="bold", caption=more)
-    result.add_column("target")
-    result.add_column("asked", justify="right")
-    result.add_column("removed", justify="right")
-    result.add_column("")
-    result.add_column("why it differs", overflow="ellipsis", no_wrap=True)
+    result = Table(title="Asked and given", title_justify="left", title_style="bold", caption=more, expand=True)
+    result.add_column("target", no_wrap=True)
+    result.add_column("asked", justify="right", no_wrap=True)
+    result.add_column("removed", justify="right", no_wrap=True)
+    result.add_column("why it differs", overflow="ellipsis", no_wrap=True, ratio=1)  # what gives way
     for row in targets[:most]:
         told = figures.target(row)
-        result.add_row(row["name"], told["wish"], told["share"], told["got"], row["reason"])
+        wish = told["wish"].replace("global_group_id=", "group ")
+        result.add_row(row["name"], wish, f"{told['got']}, {told['share']}", row["reason"])
     return result
 
 
