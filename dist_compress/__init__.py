@@ -18,14 +18,15 @@ __version__ = "0.1.0"
 __all__ = ["attach", "concrete_trace", "load", "prune"]
 
 
-def load(folder: str | Path, trust: bool = False) -> nn.Module:
+def load(folder: str | Path, trust: bool = False, model: nn.Module | None = None) -> nn.Module:
     """The model a run left in `folder`, small, with its weights, in evaluation mode on the CPU. No pickle.
 
     `trust`: whether code that the folder names may be called, as a model of one's own (`model._target_`) needs.
+    `model`: the dense architecture, made smaller in place; what a loop of one's own left needs it.
     """
     from dist_compress.export.safetensors import load
 
-    return load(folder, trust)
+    return load(folder, trust, model)
 
 
 def attach(*args: Any, **kwargs: Any) -> Attached:

@@ -9,7 +9,7 @@ functions are local and give the same on every rank.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
@@ -299,9 +299,10 @@ def from_yaml(text: str) -> Config:
     return load(OmegaConf.create(text))  # type: ignore[arg-type]
 
 
-def to_yaml(config: Any) -> str:
-    """Any dataclass of the schema as YAML, keys in schema order."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+def to_yaml(config: Any, sections: Sequence[str] | None = None) -> str:
+    """Any dataclass of the schema as YAML, keys in schema order; of `sections` only those."""
+    values = asdict(config)
+    return OmegaConf.to_yaml(OmegaConf.create({k: v for k, v in values.items() if sections is None or k in sections}))
 
 
 def merge(cls: type[T], values: Mapping[str, Any], key: str) -> T:

@@ -33,8 +33,11 @@ LATENCY_S = 1.5  # spent on timing both models
 class Outcome:
     """The summary of a run as it grows. Every method may be called on every rank; rank 0 acts."""
 
-    def __init__(self, config: Config, run_dir: Path, example: Any, resumed: bool) -> None:
-        self.config, self.run_dir, self.example = config, run_dir, example
+    def __init__(
+        self, config: Config, run_dir: Path, example: Any, resumed: bool, sections: Sequence[str] | None = None
+    ) -> None:
+        """`sections`: those of the configuration that took part, which the report shows; None: all."""
+        self.config, self.run_dir, self.example, self.sections = config, run_dir, example, sections
         self.active = comm.rank() == 0
         self.file = run_dir / "facts.json"
         self.facts: dict[str, Any] = {"summary": {}, "layers": {}, "methods": {}, "kept": []}
@@ -132,7 +135,7 @@ class Outcome:
         write_summary(self.run_dir, self.summary)
         write_report(
             self.run_dir,
-            config_yaml=to_yaml(self.config),
+            config_yaml=to_yaml(self.config, self.sections),
             summary=self.summary,
             asked_but_kept=self.facts["kept"],
             history=read(self.run_dir / "events.jsonl"),

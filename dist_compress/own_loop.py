@@ -8,23 +8,26 @@
     small, report = c.finish()
 
 Works where somebody else calls the optimizer (Hugging Face Trainer, Lightning): what has to happen around a step hangs
-on the optimizer itself. The laws are those of a run: N ranks decide what one would, masked equals shrunk.
+on the optimizer itself. The laws are those of a run: N ranks decide what one would, masked equals shrunk. With a
+`run_dir` the results are those of a run, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import Variable
 
-from dist_compress import comm, compose, cost_file, distillation, pruning, speedup
+from dist_compress import comm, compose, cost_file, distillation, pruning, run_folder, speedup
 from dist_compress.config import Config, load
 from dist_compress.errors import UserError
 from dist_compress.method import Context, Method
+from dist_compress.own_folder import OwnFolder
 from dist_compress.projection import Projection
 from dist_compress.speedup import Plan, apply, apply_to_state
 from dist_compress.speedup.masking import duplicate
@@ -33,6 +36,7 @@ from dist_compress.training import optim
 _SECTIONS = ("pruning", "speedup", "seed", "quantization", "distillation")  # the last two are refused, if asked for
 
 Recipe = str | Sequence[str] | Mapping[str, Any]
+Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 
 
 def attach(
@@ -45,7 +49,8 @@ def attach(
     total_steps: int,
     steps_per_epoch: float | None = None,
     micro_batches: int = 1,
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Evaluate | None = None,
+    run_dir: str | Path | None = None,
 ) -> Attached:
     """Attach the methods of `recipe` to a model in training. Collective: every rank calls it alike.
 
@@ -53,13 +58,15 @@ def attach(
     `recipe`: the name of a recipe of conf/recipe, a list of overrides such as ["+recipe=resnet_prune",
     "pruning.sparse_ratio=0.3"], or a mapping with the sections `pruning` and `speedup`; the rest of a configuration
     is your loop's. `args`, `kwargs`: an example of a call. `total_steps`: optimizer steps of the training to come;
-    `micro_batches`: backward passes of each rank before a step. `evaluate`: of the model, what `pruning.search`
-    minimises; the same number on every rank. Raises UserError for what does not fit.
+    `micro_batches`: backward passes of each rank before a step. `evaluate`: a function of the model in eval mode, its
+    loss or several metrics by name, the same on every rank: `pruning.search` minimises the loss, the report shows them
+    all. `run_dir`: where `finish` leaves summary.json, report.html and what `dist_compress.load` reads; None: nowhere.
+    Raises UserError for what does not fit.
     """
     config = _config(recipe)
     return Attached(
         config, model, optimizer, (args, kwargs or {}), total_steps, steps_per_epoch or total_steps, micro_batches,
-        evaluate,
+        evaluate, run_dir,
     )  # fmt: skip
 
 
@@ -79,7 +86,7 @@ class Attached:
     def __init__(
         self, config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, example: tuple[Any, dict[str, Any]],
         total_steps: int, steps_per_epoch: float, micro_batches: int,
-        evaluate: Callable[[nn.Module], float] | None,
+        evaluate: Evaluate | None, run_dir: str | Path | None,
     ) -> None:  # fmt: skip
         kind = type(optimizer).__name__
         if kind in optim.REFUSED:
@@ -111,14 +118,21 @@ class Attached:
         coupling = comm.on_rank0(lambda: speedup.coupling(self.model, *self.example, **self.settings))
         num_micro = micro_batches * comm.world_size()
         self.objective = evaluate
+        self.finished = False
+        self.folder: OwnFolder | None = None
+        if run_dir is not None:
+            self.folder = OwnFolder(config, run_folder.choose(str(run_dir)), self.model, self.example, total_steps)
         context = Context(
             config, self.model, self.projection, coupling, num_micro, total_steps, steps_per_epoch, self.example,
-            cost_file.latencies(config, self.model, self.example),
-            evaluate=self._evaluate if evaluate else None,
+            cost_file.latencies(config, self.model, self.example, self.folder and self.folder.run_dir),
+            evaluate=self._loss if evaluate else None,
         )  # fmt: skip
         for method in self.methods:
             method.attach(context)
-        self.last = max(step + 1 for method in self.methods for step in method.change_steps())
+        changes = [step + 1 for method in self.methods for step in method.change_steps()]
+        self.first, self.last = min(changes), max(changes)
+        if self.folder:
+            self.folder.attached(coupling, self.model, [line for method in self.methods for line in method.notes()])
         optimizer.register_step_pre_hook(lambda *_: self._before())
         optimizer.register_step_post_hook(lambda *_: self._after())
         self._decide()
@@ -142,9 +156,11 @@ class Attached:
         """Shrink the model in place, and the optimizer's state with it. Collective.
 
         Returns the model without its wrapper, in the mode it was in, and what became of it. A wrapper such as
-        DistributedDataParallel has to be built anew around it; the optimizer goes on. Raises UserError when the last
-        decision has not been taken, RuntimeError when masked and shrunk differ.
+        DistributedDataParallel has to be built anew around it; the optimizer goes on. With a `run_dir` the model is
+        delivered into it. Raises UserError when the last decision has not been taken, RuntimeError when masked and
+        shrunk differ.
         """
+        self._refuse_finished("finish")
         if self.step_count < self.last:
             raise UserError(
                 f"attach: finish() after {self.step_count} optimizer steps, but the last decision falls after "
@@ -155,6 +171,8 @@ class Attached:
         before = sum(p.numel() for p in masked.parameters())
         plan = self._plan(masked) if self.config.speedup.enabled else None
         results = {key: value for method in self.methods for key, value in method.results().items()}
+        if self.folder:
+            self.folder.compressed(masked, self.methods, self._metrics(), self.step_count)
         added = [name for method in self.methods for name in method.added()]
         for method in self.methods:
             method.detach()
@@ -172,17 +190,81 @@ class Attached:
                 f"{self.config.speedup.tolerance:g}."
             )
         after = sum(p.numel() for p in self.model.parameters())
-        return self.model, Finished(plan and plan.without(added), difference, (before, after), results)
+        self.finished, shipped = True, plan and plan.without(added)
+        if self.folder:
+            metrics = self._metrics()
+            if shipped is not None:
+                self.folder.shrunk(shipped, difference, metrics, self.step_count)
+            self.folder.deliver(self.model, {}, metrics)
+        return self.model, Finished(shipped, difference, (before, after), results)
+
+    def deliver(self, before: Mapping[str, float] | None = None, after: Mapping[str, float] | None = None) -> None:
+        """Write the model as it is now into `run_dir`, and the results anew: once the small model is fine-tuned, or
+        measured. Collective. `before`, `after`: metrics of the dense and of this model, beside those of `evaluate`."""
+        if self.folder is None or not self.finished:
+            raise UserError("attach: deliver() writes the small model. Attach with run_dir=..., call finish() first.")
+        self.projection.project()
+        self.folder.deliver(self.model, before or {}, {**self._metrics(), **(after or {})})
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that this loop resumes from: model, with the weights beneath the masks, optimizer, decisions and step.
+        Between two steps. Collective; the same on every rank, but for what the model's own buffers differ in."""
+        self._refuse_finished("state_dict")
+        with self.projection.lifted():
+            model = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        return {
+            "step_count": self.step_count,
+            "model": model,
+            "optimizer": self.optimizer.state_dict(),
+            "methods": [method.state_dict() for method in self.methods],
+            "folder": self.folder.state() if self.folder else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, saved at any number of ranks, of this recipe and architecture: right after `attach` to
+        the dense model. Collective."""
+        self._refuse_finished("load_state_dict")
+        if cost_file.wanted(self.config) and self.config.pruning.latency.table is None:
+            raise UserError(
+                "attach: latencies measured anew would decide otherwise than those of the state. Set "
+                "pruning.latency.table to the costs.json of the first run_dir, or to a table of your own."
+            )
+        self.projection.restore()
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for method, saved in zip(self.methods, state["methods"], strict=True):
+            method.load_state_dict(saved)
+        self.step_count, self.micro = state["step_count"], 0
+        if self.folder and state["folder"] is not None:
+            self.folder.load(state["folder"])
+        self.projection.project()
+
+    def _refuse_finished(self, what: str) -> None:
+        if self.finished:
+            raise UserError(f"attach: {what}() after finish(): nothing is attached any more. Save the small model.")
 
     @torch.no_grad()
-    def _evaluate(self, num_samples: int) -> dict[str, float]:
-        """What the user's function says of the model in eval mode; how many samples is up to it."""
-        assert self.objective is not None
+    def _metrics(self) -> dict[str, float]:
+        """What the user's function, if any, says of the model in eval mode."""
+        if self.objective is None:
+            return {}
         training = self.model.training
         try:
-            return {"loss": float(self.objective(self.model.eval()))}
+            found = self.objective(self.model.eval())
         finally:
             self.model.train(training)
+        values = found if isinstance(found, Mapping) else {"loss": found}
+        return {name: float(value) for name, value in values.items()}
+
+    def _loss(self, num_samples: int) -> dict[str, float]:
+        """What a search minimises; how many samples it is of is up to the user's function."""
+        metrics = self._metrics()
+        if "loss" not in metrics:
+            raise UserError(
+                f"attach: pruning.search minimises a loss, but evaluate returned {', '.join(metrics)}. Return a "
+                "number, or add 'loss'."
+            )
+        return metrics
 
     def _when_backward_ends(self, grad: torch.Tensor) -> None:
         Variable._execution_engine.queue_callback(self._heard)
@@ -204,6 +286,8 @@ class Attached:
         self._decide()
 
     def _decide(self) -> None:
+        if self.folder and self.step_count == self.first:
+            self.folder.before(self.model, self._metrics(), self.step_count)
         for method in self.methods:
             method.after_step(self.step_count - 1)
         self.projection.project()

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dist_compress"
 LAYERS = [
     ["__main__"],
     ["sweep", "own_loop"],
-    ["compose", "run_folder"],
+    ["compose", "run_folder", "own_folder"],
     ["run"],
     ["one_shot", "explain"],
     ["outcome", "cost_file"],

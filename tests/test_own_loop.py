@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_compress import comm
+import dist_compress
+from dist_compress import comm, outcome
 from dist_compress.errors import UserError
 from dist_compress.own_loop import attach
 
@@ -80,6 +83,135 @@ def test_ranks_decide_what_one_would(ranks: Any) -> None:
 def test_ranks_agree_while_they_train(ranks: Any) -> None:
     a, b = ranks(2, trained, 5, 0.05)
     assert a == b and a["channels"] == (4, 3) and a["equal"]
+
+
+def measured(model: nn.Module) -> dict[str, float]:
+    assert not model.training
+    x, y = batch(50, 0)
+    outputs = model(x)
+    return {
+        "loss": float(nn.functional.cross_entropy(outputs, y)),
+        "accuracy": float((outputs.argmax(1) == y).float().mean()),
+    }
+
+
+def with_folder(run_dir: str) -> dict[str, Any]:
+    """A loop whose results go to a folder; a step of fine-tuning, then the results again."""
+    outcome.LATENCY_S = 0.05
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    c = attach(model, optimizer, RECIPE, EXAMPLE, total_steps=5, evaluate=measured, run_dir=run_dir)
+    module: nn.Module = DistributedDataParallel(model) if comm.is_initialized() else model
+    for step in range(6):
+        if step == 5:
+            module, finished = c.finish()
+            first = json.loads((Path(run_dir) / "summary.json").read_text())
+            loaded = dist_compress.load(run_dir, model=net())
+            module.load_state_dict(loaded.state_dict())  # it fits
+        x, y = batch(step, comm.rank())
+        loss = nn.functional.cross_entropy(module(x), y)
+        (loss if step == 5 else c.loss(loss)).backward()
+        c.step()
+        optimizer.zero_grad()
+    c.deliver(before={"top5": 0.5}, after={"top5": 0.75})
+    outputs = module.eval()(EXAMPLE[0])
+    return {
+        "first": first,
+        "plan": f"{finished.plan.fingerprint():016x}",
+        "outputs": outputs,
+        "masks": finished.results["fingerprint/masks"],
+    }
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_folder_has_the_results_of_a_run(ranks: Any, tmp_path: Path, size: int) -> None:
+    told = ranks(size, with_folder, str(tmp_path))
+    for rank in told:
+        assert {k: rank[k] for k in ("first", "plan", "masks")} == {k: told[0][k] for k in ("first", "plan", "masks")}
+    first, last = told[0]["first"], json.loads((tmp_path / "summary.json").read_text())
+    assert first["params/before"] == sum(p.numel() for p in net().parameters()) > first["params/after"]
+    assert (
+        first["macs/before"] == 8 * 27 * 36 + 6 * 72 * 16 + 24 and first["macs/after"] == 4 * 27 * 36 + 3 * 36 * 16 + 12
+    )
+    assert first["fingerprint/plan"] == told[0]["plan"] and first["fingerprint/masks"] == told[0]["masks"]
+    assert first["verify/max_rel_diff"] <= 1e-5 and first["export/safetensors/max_rel_diff"] <= 1e-6
+    assert (
+        first["loss/masked"] == pytest.approx(first["loss/shrunk"], rel=1e-5)
+        and first["loss/after"] == first["loss/shrunk"]
+    )
+    assert first["loss/before"] != first["loss/masked"] and "accuracy/before" in first
+    assert (first["world_size"], first["backend"]) == (size, "own loop") and "top5/after" not in first
+    assert last["loss/after"] != first["loss/after"] and (last["top5/before"], last["top5/after"]) == (0.5, 0.75)
+    loaded = dist_compress.load(tmp_path, model=net())
+    assert torch.equal(loaded(EXAMPLE[0]), told[0]["outputs"])
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert [d["step"] for d in facts["methods"]["decisions"]] == [2, 4]
+    page = (tmp_path / "report.html").read_text()
+    assert "<title>Sequential" in page and "digits" not in page and "Kept channels per layer" in page
+    assert "masked: accuracy" in page and last["fingerprint/masks"][:4] in page
+    with pytest.raises(UserError, match=r"its Sequential was trained in a loop of its owner's.*model=Sequential"):
+        dist_compress.load(tmp_path)
+
+
+def stopped(file: str, num_steps: int, lr: float, run_dir: str | None = None) -> None:
+    """The loop of `trained`, up to a state in a file."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    c = attach(model, optimizer, RECIPE, EXAMPLE, total_steps=5, micro_batches=12 // comm.world_size(), run_dir=run_dir)
+    advance(c, model, optimizer, 0, num_steps)
+    state = c.state_dict()
+    if comm.rank() == 0:
+        torch.save(state, file)
+
+
+def advance(c: Any, model: nn.Module, optimizer: Any, first: int, last: int) -> None:
+    for step in range(first, last):
+        optimizer.zero_grad()
+        for micro in range(12 // comm.world_size()):
+            x, y = batch(step, micro * comm.world_size() + comm.rank())
+            c.loss(nn.functional.cross_entropy(model(x), y)).backward()
+        c.step()
+
+
+def resumed(file: str, lr: float, run_dir: str | None = None) -> dict[str, Any]:
+    """The rest of it, from other initial weights."""
+    outcome.LATENCY_S = 0.05
+    model = net()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    c = attach(model, optimizer, RECIPE, EXAMPLE, total_steps=5, micro_batches=12 // comm.world_size(), run_dir=run_dir)
+    c.load_state_dict(torch.load(file, weights_only=True))
+    advance(c, model, optimizer, c.step_count, 5)
+    small, finished = c.finish()
+    return {
+        "decisions": finished.results["decisions"], "plan": finished.plan.fingerprint(),
+        "weights": [p.detach().clone() for p in small.parameters()],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 4])
+def test_a_loop_that_was_stopped_decides_the_same_on_other_ranks(ranks: Any, tmp_path: Path, num_steps: int) -> None:
+    """After 1 step statistics are open, after 3 units are gone and more will go, after 4 nothing is left to decide."""
+    one = ranks(1, trained, 5, 0.0)[0]
+    file = str(tmp_path / "state.pt")
+    ranks(2, stopped, file, num_steps, 0.0, str(tmp_path / "run"))
+    [again] = ranks(1, resumed, file, 0.0, str(tmp_path / "run"))
+    assert again["decisions"] == one["decisions"] and again["plan"] == one["plan"]
+    told = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[0])
+    assert told["step"] == 2 and told["text"].startswith("before: ")
+
+
+def test_a_loop_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """The weights beneath the masks and the moments come back."""
+    file = str(tmp_path / "state.pt")
+    stopped(file, 0, 0.05)
+    whole = resumed(file, 0.05)
+    stopped(file, 3, 0.05)
+    again = resumed(file, 0.05)
+    assert again["decisions"] == whole["decisions"]
+    assert all(torch.equal(a, b) for a, b in zip(again["weights"], whole["weights"], strict=True))
 
 
 def limited(num_steps: int) -> Any:

@@ -1,6 +1,7 @@
 """The small model as plain files: architecture by name, plan, weights. Nothing in them is pickled.
 
-    model.json          how to build the dense architecture (models.describe), its number of classes
+    model.json          how to build the dense architecture (models.describe), its number of classes; of a loop of
+                        one's own only the name of its class
     plan.json           what was kept of it (speedup.Plan, its index tensors beside it); only of a pruned model
     quantization.json   what is quantized, and how (quantization/deploy.py); only of a quantized model
     model.safetensors   the weights, each contiguous, tied ones under their first name; masks of activations that stayed
@@ -32,6 +33,7 @@ from dist_compress.speedup.apply import apply
 from dist_compress.speedup.plan import Plan
 
 _FORMAT = 2  # of model.json
+OWN_LOOP = "own loop"  # model.source of a model that was handed over, which only its owner can build
 
 
 def export(run_dir: str | Path, model: nn.Module, plan: Plan | None, config: Config, example: Any) -> None:
@@ -40,7 +42,8 @@ def export(run_dir: str | Path, model: nn.Module, plan: Plan | None, config: Con
     `model` is the model as it is now, already shrunk if there is a `plan`; `example` is (args, kwargs) of a call.
     """
     run_dir = Path(run_dir)
-    num_classes = config.model.num_classes or _num_outputs(model, example)
+    own = config.model.source == OWN_LOOP
+    num_classes = None if own else config.model.num_classes or _num_outputs(model, example)
     masks, tensors = shipped(model)
     quantized = quantization.describe(model)
     description = {
@@ -61,8 +64,11 @@ def export(run_dir: str | Path, model: nn.Module, plan: Plan | None, config: Con
         (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def load(folder: str | Path, trust: bool = False) -> nn.Module:
+def load(folder: str | Path, trust: bool = False, model: nn.Module | None = None) -> nn.Module:
     """The model that `export` wrote into `folder`, in evaluation mode on the CPU. Local.
+
+    `model`: the dense architecture, with any weights, which is made smaller in place; else the folder says how to
+    build it, unless it came out of a loop of one's own.
 
     On the machine that wrote it, its outputs are the exported model's bit for bit. A model of the user's own
     (`model._target_`) is built by calling what the folder names, which may do anything: only with `trust`.
@@ -71,7 +77,13 @@ def load(folder: str | Path, trust: bool = False) -> nn.Module:
     folder = Path(folder).expanduser()
     description = _read_description(folder)
     target = description["model"].get("target")
-    if target and not trust:
+    if model is None and description["model"]["source"] == OWN_LOOP:
+        name = description["model"]["name"]
+        raise UserError(
+            f"load({str(folder)!r}): its {name} was trained in a loop of its owner's, so the folder cannot say how to "
+            f"build it. Hand over the dense architecture: load(folder, model={name}(...))."
+        )
+    if target and model is None and not trust:
         raise UserError(
             f"load({str(folder)!r}): its model is made by calling {target.get('_target_')!r}, with arguments from the "
             "folder. Only if you trust whoever wrote it: load(folder, trust=True)."
@@ -82,7 +94,9 @@ def load(folder: str | Path, trust: bool = False) -> nn.Module:
             f"load({str(folder)!r}): masks of activations act by {own[0]!r}, code that the folder names. Only if you "
             "trust whoever wrote it: load(folder, trust=True)."
         )
-    model = models.build(ModelConfig(**description["model"]), description["num_classes"], seed=0)
+    if model is None:
+        model = models.build(ModelConfig(**description["model"]), description["num_classes"], seed=0)
+    model = model.cpu()
     if description["pruned"]:
         apply(model, Plan.load(folder))
     restore(model, description["activation_masks"])
@@ -94,14 +108,16 @@ def load(folder: str | Path, trust: bool = False) -> nn.Module:
     return model.eval()
 
 
-def check(run_dir: str | Path, model: nn.Module, example: Any, tolerance: float = 1e-6) -> dict[str, float]:
+def check(
+    run_dir: str | Path, model: nn.Module, example: Any, tolerance: float = 1e-6, dense: nn.Module | None = None
+) -> dict[str, float]:
     """Loads `run_dir`, compares outputs with `model` on `example`: {"max_rel_diff": max |difference| / max |output|}.
-    Rank 0 only.
+    Rank 0 only. `dense`: the architecture where the folder cannot build it; made smaller in place.
 
     Raises RuntimeError above `tolerance`. 0.0 is normal; some kernels of a GPU vary from call to call.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    wanted, found = _outputs(model, example), _outputs(load(run_dir, trust=True).to(device), example)
+    wanted, found = _outputs(model, example), _outputs(load(run_dir, trust=True, model=dense).to(device), example)
     scales = [a.abs().max().clamp_min(torch.finfo(torch.float64).tiny) for a in wanted]
     differences = [(a - b).abs().max() / s for a, b, s in zip(wanted, found, scales, strict=True)]
     difference = torch.stack(differences).max().item()  # NaN if any is
