@@ -12,9 +12,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dist_compress
-from dist_compress import comm, outcome
+from dist_compress import comm, compose, models, outcome, run
+from dist_compress.calling import call
 from dist_compress.errors import UserError
 from dist_compress.own_loop import attach
+from dist_compress.training import data
+from dist_compress.training.data.stream import Feed, Stream
+from dist_compress.training.schedule import run_length
 
 EXAMPLE = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(9)),)
 RECIPE = {
@@ -204,14 +208,76 @@ def test_a_loop_that_was_stopped_decides_the_same_on_other_ranks(ranks: Any, tmp
 
 
 def test_a_loop_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    """The weights beneath the masks and the moments come back."""
+    """Moments and the weights beneath the masks come back."""
     file = str(tmp_path / "state.pt")
     stopped(file, 0, 0.05)
     whole = resumed(file, 0.05)
     stopped(file, 3, 0.05)
+    assert torch.load(file)["model"]["0.weight"].flatten(1).ne(0).any(1).all()
     again = resumed(file, 0.05)
     assert again["decisions"] == whole["decisions"]
     assert all(torch.equal(a, b) for a, b in zip(again["weights"], whole["weights"], strict=True))
+
+
+SAME = [
+    "+recipe=smoke", "logger=none", "data.image_size=12", "train.max_steps=8", "train.eval_batch_size=90",
+    "pruning.method=taylor", "pruning.schedule.start=2steps", "pruning.schedule.end=6steps",
+    "pruning.schedule.num_decisions=3", "optim.lr=0", "optim.weight_decay=0", "checkpoint.every_steps=null",
+]  # fmt: skip
+
+
+def as_a_run(run_dir: str) -> dict[str, Any]:
+    outcome.LATENCY_S = 0.05
+    Path(run_dir).mkdir()
+    run.run(compose.compose(compose.parse([*SAME, f"run_dir={run_dir}"])))
+    return results_in(run_dir)
+
+
+def as_a_loop(run_dir: str) -> dict[str, Any]:
+    """The weights and micro-batches of that run in a loop of one's own, with the same recipe."""
+    outcome.LATENCY_S = 0.05
+    config = compose.compose(compose.parse(SAME))
+    dataset = data.build(config.data, config.seed)
+    length, train = run_length(config, dataset.train.num_samples), config.train
+    model = models.build(config.model, dataset.num_classes, config.seed)
+    stream = Stream(dataset.train.num_samples, config.seed, train.global_batch_size, train.micro_batch_size)
+    feed = Feed(dataset.train, stream, length.num_micro)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    each, left_over = divmod(length.num_micro, comm.world_size())
+    assert left_over == 0
+    args, kwargs = dataset.example(2)
+    c = attach(
+        model, optimizer, SAME, args, kwargs, total_steps=length.total_steps,
+        steps_per_epoch=length.steps_per_epoch, micro_batches=each, run_dir=run_dir,
+    )  # fmt: skip
+    module: nn.Module = DistributedDataParallel(model) if comm.is_initialized() else model
+    for step in range(length.total_steps):
+        for micro in range(comm.rank(), length.num_micro, comm.world_size()):
+            sample = feed.batch(step, micro)
+            output = call(module, sample["inputs"])
+            total = nn.functional.cross_entropy(output, sample["targets"], reduction="sum")
+            c.loss(total * (1 / train.global_batch_size)).backward()
+        c.step()
+        optimizer.zero_grad()
+        if c.step_count == c.last:
+            c.finish()
+            return results_in(run_dir)
+    raise AssertionError("the last decision falls into the loop")
+
+
+def results_in(run_dir: str) -> dict[str, Any]:
+    folder = Path(run_dir)
+    summary, facts = (json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "facts"))
+    same = ("fingerprint/masks", "fingerprint/plan", "params/before", "params/after", "macs/before", "macs/after")
+    told = {name: facts["methods"][name] for name in ("decisions", "targets", "kept_channels")}
+    return {**told, **{name: summary[name] for name in same}, "plan": (folder / "plan.json").read_text()}
+
+
+def test_a_loop_decides_what_a_run_would(ranks: Any, tmp_path: Path) -> None:
+    [whole] = ranks(1, as_a_run, str(tmp_path / "run"))
+    assert len({d["fingerprint"] for d in whole["decisions"]}) == 3
+    for size in (1, 2):
+        assert ranks(size, as_a_loop, str(tmp_path / f"loop_{size}")) == [whole] * size
 
 
 def limited(num_steps: int) -> Any:
