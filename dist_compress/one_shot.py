@@ -33,7 +33,7 @@ class PruneReport(Report):
 
     targets: list[dict[str, Any]] = field(default_factory=list)  # each group of units or weights that was decided on
     kept_targets: list[dict[str, Any]] = field(default_factory=list)  # of which not all could be considered
-    limits: list[dict[str, Any]] = field(default_factory=list)  # a row {unit, asked, before, predicted} of each at_most
+    limits: list[dict[str, Any]] = field(default_factory=list)  # what each at_most led to: see results.limits
     masks: dict[str, torch.Tensor] = field(default_factory=dict)  # {parameter: bool, True = keep, broadcastable}
 
     def lines(self) -> Iterator[tuple[str, str]]:
@@ -41,7 +41,9 @@ class PruneReport(Report):
         for row in self.targets:
             yield "pruned", f"{row['name']}: {_ratios(row)}"
         for row in self.limits:
-            yield "at most", f"{row['asked']:.10g} {row['unit']}: {row['before']:.10g} -> {row['predicted']:.10g}"
+            binding = " (binding)" if row["binding"] else ""
+            change = f"{row['before']:.10g} -> {row['predicted']:.10g}"
+            yield "at most", f"{row['asked']:.10g} {row['unit']}: {change}{binding}"
         for row in self.kept_targets:
             yield "not pruned", f"{row['name']}: {row['reason']}"
 

@@ -129,7 +129,7 @@ class Outcome:
         for row in self.facts["methods"].get("limits", []):
             batch = self.config.pruning.latency.batch_size
             key = f"latency_ms/p50/after/b{batch}" if row["unit"] == "latency_ms" else f"{row['unit']}/after"
-            told = {"asked": row["asked"], "predicted": row["predicted"], "reached": self.summary[key]}
+            told = {name: row[name] for name in ("asked", "predicted", "binding")} | {"reached": self.summary[key]}
             self.summary.update({f"at_most/{row['unit']}/{name}": value for name, value in told.items()})
         self._save()
         write_summary(self.run_dir, self.summary)

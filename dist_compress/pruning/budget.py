@@ -9,7 +9,7 @@ are recomputed exactly for each prefix; what is saved only grows with it, hence 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -110,6 +110,21 @@ class Budget:
                 ranked = [by_share(units, weight) for units, weight in zip(ranked, weights, strict=True)]
             gone = self.take(c, ranked, wanted[c.unit], fraction, gone)
         return gone
+
+    def binding(self, removed: Removed) -> list[bool]:
+        """For each currency whether some removed unit, put back alone, would break its limit: then more could not stay
+        for its sake. Of several limits those that do not bind are met by what the others ask."""
+        return [
+            any(c.cost.left(back) > (c.at_most or 0) for back in self._one_back(c, removed)) for c in self.currencies
+        ]
+
+    def _one_back(self, currency: Currency, removed: Removed) -> Iterator[list[np.ndarray]]:
+        """`removed` with the dearest unit of one set put back, for each set that lost any for the limits."""
+        for i, price in enumerate(currency.cost.prices()):
+            if self.free[i] and removed[i].any():
+                kept = removed[i].copy()
+                kept[np.where(removed[i], price.numpy(), -1.0).argmax()] = False
+                yield [kept if j == i else gone for j, gone in enumerate(removed)]
 
     def take(
         self, currency: Currency, ranked: Sequence[Ranked], wanted: Fraction, fraction: float, decided: Removed

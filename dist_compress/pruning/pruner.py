@@ -306,10 +306,10 @@ class Pruner(Method):
 
     def results(self) -> dict[str, Any]:
         """`fingerprint/masks`; `decisions` [{step, ratio, fingerprint}]; `groups` [{name, asked, given,
-        reason}] in the currency of each group; `limits` [{unit, asked, before, predicted}], what `pruning.at_most` asks
-        of the whole model; `targets`, `kept_channels` and `scores`, which the report shows; `asked_but_kept` [{name,
-        asked, given, reason}], targets left whole; `overrides`, a line for each value of the config list that a later
-        one took the place of."""
+        reason}] in the currency of each group; `limits` [{unit, asked, before, predicted, binding}], what
+        `pruning.at_most` asks of the whole model; `targets`, `kept_channels` and `scores`, which the report shows;
+        `asked_but_kept` [{name, asked, given, reason}], targets left whole; `overrides`, a line for each value of the
+        config list that a later one took the place of."""
         layout = self.context.projection.layout
         units = (self.settings, self.sets, self.removed)
         return {

@@ -59,14 +59,17 @@ def _asked(setting: Setting) -> float | None:
 
 
 def limits(removed: Sequence[torch.Tensor], budget: Budget | None) -> list[Row]:
-    """A row {unit, asked, before, predicted} for each limit of the whole model, in MACs, parameters or milliseconds."""
-    rows = []
-    for c in budget.currencies if budget is not None else []:
-        before = c.cost.left([gone.numpy() & False for gone in removed])
-        left = c.cost.left([gone.numpy() for gone in removed])
+    """A row {unit, asked, before, predicted, binding} for each limit of the whole model, in MACs, parameters or
+    milliseconds. `binding`: it would not hold with one unit more; others are met by what this one asks."""
+    if budget is None:
+        return []
+    rows, gone = [], [r.numpy() for r in removed]
+    for c, binding in zip(budget.currencies, budget.binding(gone), strict=True):
         assert c.at_most is not None
         show = float if c.unit == "latency_ms" else math.ceil
-        rows.append({"unit": c.unit, "asked": float(c.at_most), "before": show(before), "predicted": show(left)})
+        before, left = show(c.cost.left([r & False for r in gone])), show(c.cost.left(gone))
+        row = {"unit": c.unit, "asked": float(c.at_most), "before": before, "predicted": left}
+        rows.append({**row, "binding": binding})
     return rows
 
 

@@ -162,6 +162,7 @@ def limits(summary: Mapping[str, Any]) -> list[Limit]:
             show = _milliseconds if unit == "latency_ms" else count
             over = reached / asked - 1
             verdict = "held" if over <= 0 else f"missed by {percent(over, 1)}"
+            verdict += ", binding" if summary.get(f"at_most/{unit}/binding") else ""
             found.append(Limit(unit, label, show(asked), show(predicted), show(reached), verdict, over <= 0))
     return found
 

@@ -87,6 +87,19 @@ def test_one_unit_less_would_miss_it() -> None:
     assert budget.cost(gone) > 9000
 
 
+@pytest.mark.parametrize(
+    ("at_most", "binding"),
+    [({"macs": 9000, "params": 1200}, [True, False]), ({"macs": 18000, "params": 500}, [False, True])],
+)
+def test_the_limit_that_binds(at_most: dict[str, float], binding: list[bool]) -> None:
+    """The other one holds with room to spare, since it is met by what this one asks."""
+    rows = decided(CONV, at_most=at_most)["limits"]
+    assert [row["binding"] for row in rows] == binding
+    assert all(row["predicted"] <= row["asked"] for row in rows)
+    [alone] = decided(CONV, at_most={k: v for k, v in at_most.items() if binding[list(at_most).index(k)]})["limits"]
+    assert alone == rows[binding.index(True)]
+
+
 def test_targets_with_a_ratio_of_their_own_come_first() -> None:
     entries = [*CONV, {"op_names": ["free"], "sparse_ratio": 0.5}]
     results = decided(entries, at_most={"params": 700})

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pruning_nets import COUPLING, TABLE, Net, attach, config, latency_row
 from torch import nn
+from torchvision.models.vision_transformer import VisionTransformer
 
 import dist_compress
 from dist_compress.errors import UserError
@@ -89,6 +90,23 @@ def test_rounding_of_heads_is_that_of_their_channels(round_to: int) -> None:
     small, report = dist_compress.prune(model, (x,), {}, [{"op_types": ["Linear"]}], **keys)
     assert report.limits[0]["predicted"] == macs(small, (x,)) <= keys["at_most"]["macs"]
     assert small.q.out_features % round_to == small.up.out_features % round_to == 0 and small.q.out_features < 16
+
+
+@pytest.mark.parametrize("round_to", [1, 4, 8])
+def test_attention_heads_and_the_stream_of_a_transformer_are_foreseen(round_to: int) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 8, num_layers=2, num_heads=4, hidden_dim=48, mlp_dim=96, num_classes=10).eval()
+    nn.init.normal_(model.heads.head.weight)  # zeros at first, of which nothing before them would be needed
+    x = torch.randn(2, 3, 32, 32)
+    entries = [
+        {"op_types": ["Linear", "Conv2d"], "exclude_op_names": ["heads.head"]},
+        {"op_names_re": [r".*self_attention"], "target_names": ["in_proj_weight"]},
+    ]
+    limits = {"macs": 0.6 * macs(model, (x[:1],)), "params": 0.9 * num_params(model)}
+    small, report = dist_compress.prune(model, (x,), {}, entries, at_most=limits, round_to=round_to)
+    assert [row["predicted"] for row in report.limits] == [macs(small, (x[:1],)), num_params(small)]
+    assert [row["binding"] for row in report.limits] == [True, False]
+    assert any(block.self_attention.num_heads < 4 for block in small.encoder.layers)
 
 
 def test_whole_model_by_hand() -> None:

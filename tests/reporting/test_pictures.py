@@ -111,5 +111,7 @@ def test_limits_held_and_missed() -> None:
     macs, latency = figures.limits(limited(macs=19.9e6, latency_ms=5.5))
     assert (macs.asked, macs.reached, macs.verdict, macs.held) == ("20.00 M", "19.90 M", "held", True)
     assert (latency.asked, latency.verdict, latency.held) == ("5.00 ms", "missed by 10.0 %", False)
+    bound = figures.limits({**limited(macs=19.9e6, latency_ms=5.5), "at_most/macs/binding": True})
+    assert [limit.verdict for limit in bound] == ["held, binding", "missed by 10.0 %"]
     assert figures.limits({"macs/after": 3}) == []
     assert console.summary_table(limited(macs=1, latency_ms=1.0)).row_count == 2
