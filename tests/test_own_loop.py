@@ -348,6 +348,24 @@ def test_zeros_stay_in_a_model_that_is_not_to_be_shrunk() -> None:
     assert int(model[0].weight.flatten(1).eq(0).all(1).sum()) == 4 and int(model[1].weight.eq(0).sum()) == 4
 
 
+def test_what_cannot_be_asked_of_a_loop_that_is_done_or_not(tmp_path: Path) -> None:
+    outcome.LATENCY_S = 0.05
+    model = net()
+    pruning = {"method": "l1_norm", "sparse_ratio": 0.5, "config_list": [{"op_names": ["0"]}]}
+    recipe = {"pruning": pruning, "speedup": {"enabled": False}}
+    c = attach(model, torch.optim.SGD(model.parameters(), 0.1), recipe, EXAMPLE, total_steps=1, run_dir=tmp_path)
+    with pytest.raises(UserError, match=r"deliver\(\) writes the small model"):
+        c.deliver()
+    c.step()
+    c.finish()
+    for name in ("finish", "state_dict"):
+        with pytest.raises(UserError, match=rf"{name}\(\) after finish\(\)"):
+            getattr(c, name)()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["params/after"] == summary["params/before"] and not (tmp_path / "plan.json").exists()
+    assert dist_compress.load(tmp_path, model=net())[0].weight.flatten(1).eq(0).all(1).sum() == 4
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -77,7 +77,7 @@ def load(folder: str | Path, trust: bool = False, model: nn.Module | None = None
     folder = Path(folder).expanduser()
     description = _read_description(folder)
     target = description["model"].get("target")
-    if model is None and description["model"]["source"] == OWN_LOOP:
+    if model is None and description["model"].get("source") == OWN_LOOP:
         name = description["model"]["name"]
         raise UserError(
             f"load({str(folder)!r}): its {name} was trained in a loop of its owner's, so the folder cannot say how to "
