@@ -29,7 +29,8 @@ import torch.distributed as dist
 
 from dist_compress import comm
 from dist_compress.hashing import splitmix64
-from dist_compress.pruning.select import Group, Shard, score_key, select
+from dist_compress.pruning.radix import score_key
+from dist_compress.pruning.select import Group, Shard, select
 
 BLOCK = 1_000_000  # scores are drawn by blocks, so that every number of ranks sees the same ones
 

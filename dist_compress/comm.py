@@ -9,11 +9,13 @@ adds in an order that depends on the number of ranks.
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -264,7 +266,11 @@ def on_rank0(fn: Callable[[], T]) -> T:
 
 def check_equal(what: str, value: int | str, step: int) -> None:
     """Raise RuntimeError on every rank unless all of them hold the same value. Collective."""
-    values = gather_object(value)
+    refuse_unequal(what, gather_object(value), step)
+
+
+def refuse_unequal(what: str, values: Sequence[int | str], step: int) -> None:
+    """Raise RuntimeError unless the values of all ranks, in rank order, are the same. Local."""
     if len(set(values)) > 1:
         held: dict[int | str, list[int]] = {}
         for r, v in enumerate(values):
@@ -273,6 +279,36 @@ def check_equal(what: str, value: int | str, step: int) -> None:
         raise RuntimeError(
             f"The ranks disagree on {what} at step {step}: {said}. They no longer train one model."
         )
+
+
+def check_order(what: str, names: Sequence[str]) -> None:
+    """Raise UserError on every rank unless all of them hold the same names in the same order. Collective: one number of
+    each rank, and the names only where they differ."""
+    mark = hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest()
+    if len(set(gather_object(mark))) == 1:
+        return
+    first, *others = gather_object(list(names))
+    r, other = next((r, other) for r, other in enumerate(others, 1) if other != first)
+    at = next(i for i, (a, b) in enumerate(zip_longest(first, other)) if a != b)
+    mine, theirs = (repr(x[at]) if at < len(x) else "nothing" for x in (first, other))
+    raise UserError(
+        f"The ranks do not see the same {what}: number {at} is {mine} on rank 0 and {theirs} on rank {r}. Build the "
+        "model alike on every rank: no order of a set, and nothing that depends on the rank."
+    )
+
+
+def own_slot(value: int) -> torch.Tensor:
+    """int64 [N]: zero but for `value`, taken modulo 2^64, at the place of this rank, so that a sum over the ranks has
+    the values of all. Local."""
+    out = torch.zeros(world_size(), dtype=torch.int64)
+    out[rank()] = (value + 2**63) % 2**64 - 2**63
+    return out
+
+
+def sum_together(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The int64 tensors, each summed over the ranks, on the CPU. Collective: one for all of them."""
+    flat = all_reduce(torch.cat([t.flatten().to(_device) for t in tensors])).cpu()
+    return [s.view(t.shape) for s, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
 def sum_hook(state, bucket):  # type: ignore[no-untyped-def]

@@ -60,6 +60,7 @@ class Projection:
         self._grad_masks: dict[str, Masked] = {}
         self._decays: dict[str, tuple[torch.Tensor, float]] = {}
         self._latents: dict[str, torch.Tensor] = {}
+        self._first: dict[str, str] = {}  # of every name of a parameter, as it was when somebody asked
 
     def add(self, name: str, key: str, fn: Function) -> None:
         """Let `fn(latent) -> compressed`, pure and of the latent's shape, act on parameter `name` from the
@@ -76,6 +77,11 @@ class Projection:
             if self.projected:
                 self.layout.local(name).copy_(self._latents[name])
             del self._latents[name]
+
+    def masks(self) -> dict[str, torch.Tensor]:
+        """{parameter: bool, True = keep, broadcastable} of the masks that act."""
+        found = {name: functions.get("mask") for name, functions in self._functions.items()}
+        return {name: fn.bits.bool() for name, fn in found.items() if isinstance(fn, Masked)}
 
     def mask_grad(self, name: str, mask: torch.Tensor | None) -> None:
         """Let `edit_gradients` zero the gradient of `name` where `mask` (bool, broadcastable) is False; None: no
@@ -164,7 +170,17 @@ class Projection:
     def owner(self, name: str) -> str:
         """The first name of the parameter that `name` stands for (they differ for tied parameters)."""
         parameter = self.model.get_parameter(name)
-        return next(first for first, other in self.model.named_parameters() if other is parameter)
+        first = self._first.get(name, "")
+        module, _, key = first.rpartition(".")
+        try:
+            if first and getattr(self.model.get_submodule(module), key) is parameter:
+                return first
+        except AttributeError:  # it is gone
+            pass
+        firsts = {id(other): first for first, other in self.model.named_parameters()}
+        every = self.model.named_parameters(remove_duplicate=False)
+        self._first = {name: firsts[id(other)] for name, other in every}
+        return self._first[name]
 
 
 def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

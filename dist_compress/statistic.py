@@ -7,6 +7,7 @@ roots, absolute values and ratios of the total, never of a slot.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Statistic:
 
     def total(self) -> torch.Tensor:
         """float64 [size], the same on every rank. Collective."""
-        return comm.ordered_sum(self._slots, self.num_micro)
+        return totals([self])[0]
 
     def count(self) -> int:
         """Steps added so far: the first slot is live on every rank. Local, the same on every rank."""
@@ -57,3 +58,12 @@ class Statistic:
         if self._count:
             own = state["slots"][comm.rank() :: comm.world_size()]
             self._slots[: len(own)] = own
+
+
+def totals(statistics: Sequence[Statistic]) -> list[torch.Tensor]:
+    """The total of each, all by one ordered sum. They are of the same micro-batches. Collective if there are any."""
+    if not statistics:
+        return []
+    slots = [s._slots for s in statistics]
+    rows = slots[0] if len(slots) == 1 else torch.cat(slots, 1)
+    return list(comm.ordered_sum(rows, statistics[0].num_micro).split([s.size for s in statistics]))

@@ -12,7 +12,10 @@ from dist_compress import comm, pruning
 from dist_compress.config import Config, load
 from dist_compress.method import Context
 from dist_compress.projection import Projection
+from dist_compress.pruning.listener import Listener
 from dist_compress.pruning.pruner import Pruner
+from dist_compress.pruning.unit_scores import by_set, own_scores
+from dist_compress.statistic import totals
 from dist_compress.target import Coupling, GroupLatency, Latencies, LayerCost, Member, UnitGroup
 
 NUM_MICRO = 6
@@ -131,7 +134,15 @@ def attach(
 
 def unit_scores(pruner: Pruner) -> list[torch.Tensor]:
     evidence = pruner._placed()
-    return pruner._unit_scores(evidence, evidence.gather(pruner.scorers))
+    heard = totals([listener.statistic for listener in pruner.unit_listeners.values()])
+    found = evidence.gather(pruner.scorers)
+    sums = dict(zip(pruner.unit_listeners, heard, strict=True))
+    return by_set(comm.all_reduce(own_scores(evidence, found, pruner.unit_listeners, sums)), pruner.sets)
+
+
+def means_of(listener: Listener) -> Any:
+    """What it heard. Collective."""
+    return listener.means(listener.statistic.total())
 
 
 def micro_batch(step: int, micro: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,6 +206,6 @@ def check_heard(method: str, formula: Callable[[torch.Tensor, torch.Tensor], tor
             for name, output, grad in zip(("a", "free"), (a, free), grads, strict=True):
                 expected[name] += formula(output.detach(), grad)
         [listener] = pruner.listeners.values()
-        for unit_set, mean in zip(pruner.sets, listener.means(), strict=True):
+        for unit_set, mean in zip(pruner.sets, means_of(listener), strict=True):
             close = {"rtol": tolerance, "atol": 1e-7 if dtype == torch.float32 else 0.0}
             torch.testing.assert_close(mean, expected[unit_set.name] / NUM_MICRO, **close)

@@ -24,6 +24,7 @@ from dist_compress.hashing import splitmix64
 from dist_compress.layout import Layout
 from dist_compress.pruning.activation_mask import PREFIX, install
 from dist_compress.pruning.folding import fold
+from dist_compress.pruning.mask import Mark
 from dist_compress.pruning.setting import Setting
 from dist_compress.pruning.units import UnitSet
 from dist_compress.sites import Site, Sites
@@ -161,10 +162,10 @@ class Activations:
         return PREFIX + self.targets[path].setting.target.replace(".", "_")
 
 
-def add_fingerprint(mark: str, masks: Mapping[str, torch.Tensor]) -> str:
-    """`mark`, the fingerprint of the masks of parameters, with those of activations added to it."""
-    total = int(mark, 16)
+def add_fingerprint(mark: Mark, masks: Mapping[str, torch.Tensor]) -> Mark:
+    """`mark`, the fingerprint of the masks of parameters, with those of activations added to it. Local."""
+    total = mark.whole
     for path, mask in masks.items():
         start = int.from_bytes(hashlib.blake2b(path.encode(), digest_size=6).digest(), "big")
         total += int(splitmix64((~mask).flatten().nonzero().flatten() + start).sum())
-    return f"{total % 2**64:016x}"
+    return Mark(total, mark.share)

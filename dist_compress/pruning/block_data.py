@@ -39,11 +39,15 @@ class BlockData:
         """By a name for the checkpoint."""
         return ({"inputs": self.inputs} if self.inputs else {}) | {f"inputs {n}": x for n, x in self.alone.items()}
 
-    def heard(self, targets: Collection[str]) -> dict[str, list[torch.Tensor]]:
+    def wanted(self, targets: Collection[str]) -> list[BlockTensor]:
+        """Those of `targets` that hear inputs and are scored."""
+        return [t for t in self.by_inputs if t.setting.name in targets]
+
+    def heard(self, targets: Collection[str], total: torch.Tensor | None) -> dict[str, list[torch.Tensor]]:
         """{parameter: [blocks, weights of a block] for each run of slabs this rank decides} of those of `targets` that
-        hear inputs. Collective if there are any."""
-        wanted = [t for t in self.by_inputs if t.setting.name in targets]
-        means = self.inputs.means() if self.inputs and wanted else {}
+        hear inputs, whose statistic has this `total` over all ranks. Local."""
+        wanted = self.wanted(targets)
+        means = self.inputs.means(total) if self.inputs and total is not None else {}
         found = {}
         for tensor in wanted:
             module, shape = self.model.get_submodule(tensor.setting.module), torch.Size(tensor.blocks.shape)

@@ -2,8 +2,8 @@
 
 Each rank decides the slabs of every tensor that it owns (see `ownership`). What it decides reaches those who hold the
 weights as packed bits, so replicated masks have equal bits even if replicas had drifted apart. A threshold becomes a
-count, which needs one more sum over the ranks; then it is a ratio like any other. N:M patterns and rows are decided
-where they lie.
+count, which the first collective of the selection sums over the ranks; then it is a ratio like any other. N:M patterns
+and rows are decided where they lie.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dist_compress import comm
 from dist_compress.blocks import Blocks
 from dist_compress.errors import UserError
 from dist_compress.exchange import Span
@@ -23,9 +22,10 @@ from dist_compress.layout import Layout
 from dist_compress.pruning import seen
 from dist_compress.pruning.mask import offsets, owners
 from dist_compress.pruning.metric import Metric
+from dist_compress.pruning.radix import score_key, tie_key
 from dist_compress.pruning.regrow import Swap, select_swapping, swapped
 from dist_compress.pruning.removed import Removed
-from dist_compress.pruning.select import Group, Shard, score_key, tie_key
+from dist_compress.pruning.select import Group, Shard
 from dist_compress.pruning.setting import Setting
 from dist_compress.pruning.sparsity import count_bounds, share, threshold, threshold_count
 from dist_compress.target import Coupling
@@ -47,6 +47,16 @@ class BlockTensor:
     @property
     def num(self) -> int:
         return self.blocks.num
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What this rank decided, before anybody else hears of it."""
+
+    parts: dict[str, list[torch.Tensor]]  # {parameter: bool [blocks], True = removed, of each run it decides}
+    regrown: list[str]  # parameters of which something may have come back
+    tally: dict[str, torch.Tensor]  # {group: counts of the scores of this rank, as in `seen`}
+    before: dict[str, torch.Tensor]  # `Elements.removed`
 
 
 class Elements:
@@ -129,59 +139,65 @@ class Elements:
             for first, count in self.placed.weights(t.name, rank)
         ]
 
-    def decide(
+    def choose(
         self,
         t: int,
         fraction: float,
         metrics: Mapping[str, Metric],
-        latent: Callable[[str], torch.Tensor],
         weights: Mapping[str, Sequence[torch.Tensor]],
         heard: Mapping[str, Sequence[torch.Tensor]],
-    ) -> dict[str, torch.Tensor]:
-        """Update `removed` of the targets in `metrics` that are scored. Collective.
+        also: Sequence[torch.Tensor],
+    ) -> Choice:
+        """What is to be removed of the targets in `metrics` that are scored; nothing is changed. Collective, if there
+        are any or anything in `also`: int64 tensors that are summed over the ranks on the way, in place.
 
         `weights` and `heard`, by parameter: for each run of slabs that this rank decides [blocks, weights of a block]
-        of the latent, and of what data says of it. `latent`: what this rank holds of a parameter. Returns the counts of
-        the scores of each group on all ranks, as in `seen`.
+        of the latent, and of what data says of it.
         """
         scored = {target for target, metric in metrics.items() if not metric.solves}
         deciding = {name: members for name, members in self.groups.items() if members[0].setting.name in scored}
         tensors = [tensor for members in deciding.values() for tensor in members]
-        if not tensors:
-            return {}
         shown = list(deciding)[: seen.MOST_GROUPS]
         spots: dict[str, list[torch.Tensor]] = {x.name: [] for n in shown for x in deciding[n]}
         shards = {
             x.name: self._shards(x, metrics[x.setting.name], weights[x.name], heard.get(x.name), spots.get(x.name))
             for x in tensors
         }
-        counts = _count_below(tensors, shards, fraction)
         groups, swaps = [], {}
         for name, members in deciding.items():
             if not members[0].in_runs:
-                target, bounds = counts.get(members[0].name), {}
-                if target is None:
-                    target, bounds = _target(members, fraction)
-                own, unit = [shard for x in members for shard in shards[x.name]], math.gcd(*(x.cost for x in members))
-                groups.append(Group(name, target, [x.setting.name for x in members], own, bounds, unit))
                 metric, head = metrics[members[0].setting.name], members[0]
+                own, unit = [shard for x in members for shard in shards[x.name]], math.gcd(*(x.cost for x in members))
+                names = [x.setting.name for x in members]
+                if head.setting.sparse_threshold is not None:
+                    limit = threshold(head.setting, fraction)
+                    groups.append(Group(name, _by_threshold(head, fraction), names, own, {}, unit, limit))
+                    continue
+                target, bounds = _target(members, fraction)
+                groups.append(Group(name, target, names, own, bounds, unit))
                 if metric.regrows and head.name in heard:
                     total = head.num * head.cost
                     growth = [metric.growth_scores(*x) for x in zip(weights[head.name], heard[head.name], strict=True)]
                     swaps[name] = Swap(swapped(metric.exchanged(t), total - target, head.cost), growth)
-        chosen = iter([mask for masks in select_swapping(groups, swaps) for mask in masks])
-        before = self.removed
+        checked = [(x.setting.name, [shard.scores for shard in shards[x.name]]) for x in tensors if x.in_runs]
+        chosen = iter([mask for masks in select_swapping(groups, swaps, checked, also) for mask in masks])
         parts = {
             x.name: [_in_runs(x, shard, fraction) if x.in_runs else next(chosen) for shard in shards[x.name]]
             for x in tensors
         }
-        self.placed.tell(parts)
-        for x in tensors:
-            if metrics[x.setting.name].regrows:
-                back = before[x.name] & ~self.removed[x.name]
-                latent(x.name).masked_fill_(self.placed.spread(x.name, back), 0)
-        tally = [seen.count_all([(spots[x.name], parts[x.name]) for x in deciding[name]]) for name in shown]
-        return dict(zip(shown, comm.all_reduce(torch.stack(tally).to(comm.device())), strict=True))
+        tally = {name: seen.count_all([(spots[x.name], parts[x.name]) for x in deciding[name]]) for name in shown}
+        return Choice(parts, [x.name for x in tensors if metrics[x.setting.name].regrows], tally, dict(self.removed))
+
+    def take(self, choice: Choice) -> None:
+        """Update `removed`. Collective, if anything is chosen."""
+        if choice.parts:
+            self.placed.tell(choice.parts)
+
+    def reset(self, choice: Choice, latent: Callable[[str], torch.Tensor]) -> None:
+        """What came back starts at zero. `latent`: what this rank holds of a parameter. Local."""
+        for name in choice.regrown:
+            back = choice.before[name] & ~self.removed[name]
+            latent(name).masked_fill_(self.placed.spread(name, back), 0)
 
     def _shards(
         self, x: BlockTensor, metric: Metric, weights: Sequence[torch.Tensor], heard: Sequence[torch.Tensor] | None,
@@ -252,32 +268,9 @@ def _target(tensors: Sequence[BlockTensor], fraction: float) -> tuple[int, dict[
     return min(max(math.ceil(ratio * total), low), high), {} if free else bounds
 
 
-def _count_below(
-    tensors: Sequence[BlockTensor], shards: Mapping[str, Sequence[Shard]], fraction: float
-) -> dict[str, int]:
-    """{parameter: cost to remove} of the targets with a threshold. Collective if any target has one or is decided in
-    runs, whose NaN scores it refuses."""
-    local = [t for t in tensors if not _has_ratio(t)]
-    if not local:
-        return {}
-    rows = []
-    for t in local:
-        asked = t.setting.sparse_threshold
-        limit = -torch.inf if asked is None else threshold(t.setting, fraction)
-        scores = [shard.scores for shard in shards[t.name]]
-        below = sum(int(((x < limit) | (x == -torch.inf)).sum()) for x in scores)
-        rows.append([below, sum(int(x.isnan().sum()) for x in scores)])
-    table = comm.all_reduce(torch.tensor(rows, device=comm.device())).tolist()
-    counts = {}
-    for t, (below, nan) in zip(local, table, strict=True):
-        if nan:
-            raise UserError(
-                f"{t.setting.name}: {nan} pruning scores ({t.setting.said_by('method')}) are NaN. Its weights or "
-                "gradients have diverged; lower optim.lr or prune later."
-            )
-        if t.setting.sparse_threshold is not None:
-            counts[t.name] = threshold_count(below, t.num, t.setting, fraction) * t.cost
-    return counts
+def _by_threshold(tensor: BlockTensor, fraction: float) -> Callable[[int], int]:
+    """The cost to remove, from how many blocks are below the threshold."""
+    return lambda below: threshold_count(below, tensor.num, tensor.setting, fraction) * tensor.cost
 
 
 def _in_runs(tensor: BlockTensor, shard: Shard, fraction: float) -> torch.Tensor:

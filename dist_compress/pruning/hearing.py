@@ -43,9 +43,9 @@ class Hearing(UnitListener):
         flags = [float(i in heard) for i in range(len(self.sets))]
         return [*super().parts(), torch.tensor(flags, dtype=torch.float64, device=self.device)]
 
-    def means(self) -> list[torch.Tensor]:
-        """For each set, float64 [num_units]. Collective. Raises UserError for what was never heard, on every rank."""
-        *found, flags = self.mean().split([*(s.num_units for s in self.sets), len(self.sets)])
+    def means(self, total: torch.Tensor) -> list[torch.Tensor]:
+        """For each set, float64 [num_units]. Local. Raises UserError for what was never heard, on every rank."""
+        *found, flags = self.mean(total).split([*(s.num_units for s in self.sets), len(self.sets)])
         for unit_set, metric, flag in zip(self.sets, self.metrics, flags.tolist(), strict=True):
             if not flag:
                 what = "no gradient of the loss reached it" if metric.wants_gradients else "its module did not run"

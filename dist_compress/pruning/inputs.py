@@ -48,11 +48,11 @@ class Inputs(Listener):
             found.append(self.latest.get(name, zero).flatten())
         return found
 
-    def means(self) -> dict[str, torch.Tensor]:
-        """{layer: mean of `input_statistic` over the micro-batches since `reset`}, the same on every rank. Collective.
-        Raises UserError for a layer that was never called."""
+    def means(self, total: torch.Tensor) -> dict[str, torch.Tensor]:
+        """{layer: mean of `input_statistic` over the micro-batches since `reset`}, of which `total` is the sum over all
+        ranks. Local. Raises UserError for a layer that was never called, on every rank."""
         sizes = [math.prod(shape) for shape in self.shapes.values()]
-        found = dict(zip(self.shapes, self.mean().split(sizes), strict=True))
+        found = dict(zip(self.shapes, self.mean(total).split(sizes), strict=True))
         for name, value in found.items():
             if not value.any():
                 raise UserError(

@@ -47,9 +47,9 @@ class Listener:
         self.statistic.add(micro, torch.cat(self.parts()))
         self.latest.clear()
 
-    def mean(self) -> torch.Tensor:
-        """float64 [size]: mean over the micro-batches since `reset`, the same on every rank. Collective."""
-        return self.statistic.total() / max(1, self.statistic.count() * self.num_micro)
+    def mean(self, total: torch.Tensor) -> torch.Tensor:
+        """float64 [size]: mean over the micro-batches since `reset`, of which `total` is the sum. Local."""
+        return total / max(1, self.statistic.count() * self.num_micro)
 
     def close(self) -> None:
         """Take the hooks off and drop the sums."""
@@ -77,6 +77,7 @@ class UnitListener(Listener):
             parts.append(metric.gate_statistic(sum(found, start=zero)))
         return parts
 
-    def means(self) -> list[torch.Tensor]:
-        """For each set, float64 [num_units]: mean over the micro-batches since `reset`. Collective."""
-        return list(self.mean().split([s.num_units for s in self.sets]))
+    def means(self, total: torch.Tensor) -> list[torch.Tensor]:
+        """For each set, float64 [num_units]: mean over the micro-batches since `reset`, of which `total` is the sum on
+        all ranks. Local."""
+        return list(self.mean(total).split([s.num_units for s in self.sets]))

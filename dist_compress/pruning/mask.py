@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from dist_compress import comm
 from dist_compress.exchange import Exchange, Span, segments_of, within
 from dist_compress.hashing import splitmix64
 from dist_compress.layout import Layout
+from dist_compress.projection import Masked, Projection
 from dist_compress.pruning.units import UnitSet
 
 
@@ -49,17 +51,47 @@ def unit_masks(layout: Layout, sets: Sequence[UnitSet], removed: Sequence[torch.
     return masks
 
 
-def fingerprint(layout: Layout, masks: Mapping[str, torch.Tensor]) -> str:
-    """16 hex digits: the sum of splitmix64(global index) over removed elements, mod 2^64.
-
-    It depends on neither world size, sharding nor how a mask is broadcast. Each element of a sharded parameter is
-    counted by the first rank that holds it; whole ones are counted by every rank. Collective if any is sharded.
-    """
-    starts = offsets(layout)
-    whole, parts = 0, torch.zeros((), dtype=torch.int64)
-    sharded = [name for name in masks if not layout.is_whole(name)]
+def put_on(
+    projection: Projection, masks: Mapping[str, torch.Tensor], soft: Mapping[str, tuple[torch.Tensor, float]]
+) -> None:
+    """Let masks act on weights and gradients from the next projection on; `soft`: where masked weights keep theirs, and
+    the factor of the latent that is added to it. Local."""
     for name, mask in masks.items():
-        if name not in sharded:
+        if bool(mask.all()):
+            take_off(projection, name)
+            continue
+        projection.add(name, "mask", Masked(mask))
+        own, decay = soft.get(name, (None, 0.0))
+        projection.mask_grad(name, mask if own is None else mask | ~own)
+        projection.decay_masked(name, own, decay)
+
+
+def take_off(projection: Projection, name: str) -> None:
+    """No mask acts on this parameter any more. Local."""
+    projection.remove(name, "mask")
+    projection.mask_grad(name, None)
+    projection.decay_masked(name, None)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What one rank knows of a fingerprint of masks: the sum of splitmix64(global index) over removed elements, modulo
+    2^64. It depends on neither world size, sharding nor how a mask is broadcast.
+    """
+
+    whole: int  # of what every rank holds
+    share: int = 0  # of what is spread over the ranks; those of all ranks add up
+
+    def __str__(self) -> str:
+        return f"{(self.whole + self.share) % 2**64:016x}"
+
+
+def fingerprint(layout: Layout, masks: Mapping[str, torch.Tensor]) -> Mark:
+    """Of masks of parameters. Each element of a sharded one is counted by the first rank that holds it. Local."""
+    starts = offsets(layout)
+    whole = share = 0
+    for name, mask in masks.items():
+        if layout.is_whole(name):
             gone = (~mask).expand(layout.shape(name)).flatten().nonzero().flatten()
             whole += int(splitmix64(gone + starts[name]).sum())
             continue
@@ -69,11 +101,23 @@ def fingerprint(layout: Layout, masks: Mapping[str, torch.Tensor]) -> str:
             for s in within(segments, first, first + length):
                 if s.ranks[0] == comm.rank():
                     mine = gone[at + s.start - first : at + s.end - first].nonzero().flatten()
-                    parts += splitmix64(mine + (starts[name] + s.start)).sum().cpu()
+                    share += int(splitmix64(mine + (starts[name] + s.start)).sum())
             at += length
-    if sharded:
-        whole += int(comm.all_reduce(parts.to(comm.device())))
-    return f"{whole % 2**64:016x}"
+    return Mark(whole, share)
+
+
+def agreed(marks: Mapping[str, Mark], step: int, also: Sequence[torch.Tensor]) -> tuple[list[str], list[torch.Tensor]]:
+    """The fingerprints by what they are of, and the sums of `also`, int64 tensors, over the ranks. Collective: one for
+    all. Raises RuntimeError on every rank where the ranks differ."""
+    own = [torch.cat([comm.own_slot(m.whole), comm.own_slot(m.share)]) for m in marks.values()]
+    slots, sums = (found := comm.sum_together([*own, *also]))[: len(own)], found[len(own) :]
+    said = []
+    for what, found in zip(marks, slots, strict=True):
+        whole, shares = (part.tolist() for part in found.chunk(2))
+        values = [str(Mark(value, sum(shares))) for value in whole]
+        comm.refuse_unequal(what, values, step)
+        said.append(values[0])
+    return said, sums
 
 
 def gathered(layout: Layout, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

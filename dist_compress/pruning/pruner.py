@@ -1,15 +1,15 @@
 """The pruner: asks metrics for scores when the schedule says so, selects, and keeps the masks on.
 
 A decision is collective and takes place between optimizer step and projection, on latent weights. The
-owner of a unit set scores it in float64 (of sharded weights it is sent what it lacks); one all-reduce of one
-flat buffer hands all scores to all ranks, which then spend the ratio by the same integer arithmetic. What was
-removed stays removed, unless the method says otherwise: then it may decide again after the schedule, too.
+owner of a unit set scores it in float64 (of sharded weights it is sent what it lacks); the first collective of
+the selection of blocks hands all scores to all ranks, which then spend the ratio by the same integer arithmetic.
+What was removed stays removed, unless the method says otherwise: then it may decide again after the schedule, too.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from dist_compress.config import Config
 from dist_compress.config_list import overrides
 from dist_compress.errors import UserError
 from dist_compress.method import Context, Method
-from dist_compress.projection import Masked
 from dist_compress.pruning import mask as masking
 from dist_compress.pruning import results
 from dist_compress.pruning.activations import Activations, add_fingerprint
@@ -29,7 +28,7 @@ from dist_compress.pruning.budget import budgets
 from dist_compress.pruning.config_list import resolve
 from dist_compress.pruning.distribution import distribute
 from dist_compress.pruning.elements import GRAD, Elements
-from dist_compress.pruning.evidence import Evidence, Found, local_view, view
+from dist_compress.pruning.evidence import Evidence, local_view, view
 from dist_compress.pruning.listener import Listener
 from dist_compress.pruning.running import Running
 from dist_compress.pruning.schedule import decisions, due
@@ -39,9 +38,11 @@ from dist_compress.pruning.seen import Seen
 from dist_compress.pruning.setting import AT_MOST
 from dist_compress.pruning.solving import solve
 from dist_compress.pruning.unit_decision import UnitDecision
-from dist_compress.pruning.unit_listeners import heard_together, unit_listeners
+from dist_compress.pruning.unit_listeners import unit_listeners
+from dist_compress.pruning.unit_scores import by_set, own_scores
 from dist_compress.pruning.units import collect
 from dist_compress.sites import Sites
+from dist_compress.statistic import totals
 
 Masks = dict[str, torch.Tensor]
 
@@ -64,7 +65,7 @@ class Pruner(Method):
         self.frozen: Masks | None = None  # the masks of a model that was shrunk since
 
     def attach(self, context: Context) -> None:
-        """Collect targets and check that they can be met. Local, the same on every rank. Raises UserError."""
+        """Collect targets and check that they can be met. The same on every rank, checked. Collective. UserError."""
         self.context, model = context, context.model
         sites = Sites(model, *context.example) if context.example else None
         self.settings = resolve(self.config, model, sites)
@@ -102,14 +103,21 @@ class Pruner(Method):
         # Each decision hears the steps since the one before it, the first as many, a single one those of an epoch.
         heard = later[0] - first if later else max(round(context.steps_per_epoch), 1)
         self.listen_from = max(first - heard, 0)
-        self.driven = heard_together(self.sets, self.scorers)
         self.unit_listeners = unit_listeners(model, self.activations, self.sets, self.scorers, context.num_micro)
         self.block_data = BlockData(self.elements, model, self.scorers, context.num_micro)
         self.running = Running(self.elements, self.scorers)
         self.listeners: dict[str, Listener] = {**self.unit_listeners, **self.block_data.listeners()}
         self._listen(0)
         self.activations.install()  # what listens hears what comes before the masks
+        self._check_order()
         self.evidence: Evidence | None = None
+
+    def _check_order(self) -> None:
+        """Of what flat buffers are made of. Collective. Raises UserError where the ranks differ in it."""
+        weights = [f"parameter {name} {list(p.shape)}" for name, p in self.context.model.named_parameters()]
+        targets = [f"target {s.name}: {s.method} {s.granularity} {s.sparse_ratio}" for s in self.settings]
+        units = [f"units of {' + '.join(s.targets)}: {s.num_units}" for s in self.sets]
+        comm.check_order("parameters and pruning targets", [*weights, *targets, *units])
 
     def _placed(self) -> Evidence:
         """Who decides what. Asked for once the model is as it will be trained: wrapped, and sharded or not. Local."""
@@ -153,26 +161,52 @@ class Pruner(Method):
 
     def decide(self, t: int) -> None:
         """Spend the share of the ratio due after `t` optimizer steps. Collective."""
-        fraction = self.schedule[max(s for s in self.schedule if s <= t)]
-        evidence = self._placed()
-        found = evidence.gather(self.due[t])
-        if any(s.targets[0] in self.due[t] for s in self.sets):
-            self._decide_units(t, fraction, self._unit_scores(evidence, found))
-        heard = evidence.rows(found, GRAD) | self.block_data.heard(self.due[t]) | self.running.heard(self.due[t])
-        latent = self.context.projection.latent
-        self.seen.now |= self.elements.decide(t, fraction, self.due[t], latent, evidence.rows(found), heard)
-        if solved := [x for x in self.block_data.solved if x.setting.name in self.due[t]]:
-            solve(solved, self.due[t], self.block_data.alone, evidence, found, fraction)
+        self._placed()
+        kept = list(self.removed), dict(self.elements.removed)
+        try:
+            mark = self._decide(t)
+        except BaseException:  # the masks of before go on to act, and to be saved
+            self.removed, self.elements.placed.bits = kept
+            raise
         if t in self.schedule:
             for listener in [x for x in self.listeners.values() if not x.from_start]:
                 listener.statistic.reset()
         self._close_listeners_after(t)
-        mark = self._put_on(t)
         between = bool(self.history) and self.history[-1][0] not in self.schedule
         self.seen.close(t, between)
         if between:
             self.history.pop()  # of the decisions beside the schedule the last one is told
         self.history.append((t, self.sparse_ratio(), mark))
+
+    def _decide(self, t: int) -> str:
+        """Take the decision and put the masks on if all ranks agree on them. Returns their fingerprint. Collective."""
+        fraction = self.schedule[max(s for s in self.schedule if s <= t)]
+        evidence, projection = self._placed(), self.context.projection
+        acting = add_fingerprint(masking.fingerprint(projection.layout, projection.masks()), self.activations.on())
+        found = evidence.gather(self.due[t])
+        units = any(s.targets[0] in self.due[t] for s in self.sets)
+        sums = self._totals(t, units)
+        scores = own_scores(evidence, found, self.unit_listeners, sums) if units else torch.zeros(0).double()
+        inputs = self.block_data.heard(self.due[t], sums.get("inputs"))
+        heard = evidence.rows(found, GRAD) | inputs | self.running.heard(self.due[t])
+        bits = scores.view(torch.int64)  # each has one owner and is zero elsewhere, so the sum of the bits is a copy
+        choice = self.elements.choose(t, fraction, self.due[t], evidence.rows(found), heard, [bits])
+        if units:
+            self._decide_units(t, fraction, by_set(scores, self.sets))
+        self.elements.take(choice)
+        if solved := [x for x in self.block_data.solved if x.setting.name in self.due[t]]:
+            solve(solved, self.due[t], self.block_data.alone, evidence, found, fraction)
+        mark, counts = self._put_on(t, acting, list(choice.tally.values()))
+        self.seen.now |= dict(zip(choice.tally, counts, strict=True))
+        self.elements.reset(choice, projection.latent)
+        return mark
+
+    def _totals(self, t: int, units: bool) -> Masks:
+        """What listeners heard, by their names, as sums over all ranks. Collective if anything was to be heard."""
+        due: dict[str, Listener] = dict(self.unit_listeners) if units else {}
+        if self.block_data.inputs and self.block_data.wanted(self.due[t]):
+            due["inputs"] = self.block_data.inputs
+        return dict(zip(due, totals([listener.statistic for listener in due.values()]), strict=True))
 
     def _decide_units(self, t: int, fraction: float, scores: list[torch.Tensor]) -> None:
         decision = UnitDecision(self.sets, self.budgets, self.scorers, self.due[t], scores, self.removed)
@@ -193,27 +227,6 @@ class Pruner(Method):
         self.removed[:] = before
         comm.check_equal("the objective of the search", value.hex(), t)
         return value
-
-    def _unit_scores(self, evidence: Evidence, found: Found) -> list[torch.Tensor]:
-        """float32 [num_units] of each set, on the CPU, the same on every rank. Collective."""
-        means: dict[int, torch.Tensor] = {}
-        for heard, listener in self.unit_listeners.items():
-            means |= dict(zip(self.driven[heard], listener.means(), strict=True))
-        sizes = [s.num_units for s in self.sets]
-        device = next(self.context.model.parameters()).device
-        flat = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-        for i, (s, out) in enumerate(zip(self.sets, flat.split(sizes), strict=True)):
-            if evidence.owner[i] == comm.rank():
-                seen = view(s, lambda name: evidence.whole(name, found), means.get(i))
-                out.copy_(self.scorers[s.targets[0]].unit_scores(seen))
-        scores = comm.all_reduce(flat).float().cpu().split(sizes)
-        for s, values in zip(self.sets, scores, strict=True):
-            if values.isnan().any():
-                raise UserError(
-                    f"{s.name}: {int(values.isnan().sum())} pruning scores ({s.setting.said_by('method')}) are NaN. "
-                    "Its weights or gradients have diverged; lower optim.lr or prune later."
-                )
-        return list(scores)
 
     def masks(self) -> Masks:
         """{parameter: bool, True = keep} of every parameter that may be masked, broadcastable to what this rank holds
@@ -241,24 +254,29 @@ class Pruner(Method):
         units = [names[m.fqn] for s in self.sets for m in s.masked]
         return list(dict.fromkeys([*units, *(t.name for t in self.elements.tensors()), *self.activations.members()]))
 
-    def _put_on(self, step: int) -> str:
-        """Hand the masks to the projection. Returns their fingerprint, equal on all ranks. Collective."""
+    def _put_on(
+        self, step: int, acting: masking.Mark | None = None, also: Sequence[torch.Tensor] = ()
+    ) -> tuple[str, list[torch.Tensor]]:
+        """Hand the masks to the projection. Collective. Raises RuntimeError on every rank, and changes nothing, where
+        the ranks disagree, or where `acting`, what acted until now, is not what was decided.
+
+        Returns their fingerprint, and the sums of `also`, int64 tensors, over the ranks."""
         (masks, activations), projection = self._masks(), self.context.projection
+        marks = {} if acting is None else {"the pruning masks before the decision": acting}
+        new = add_fingerprint(masking.fingerprint(projection.layout, masks), activations)
+        placed = None if self.frozen is not None else self._placed().elements.placed
+        counts = [] if placed is None else [placed.own_counts()]
+        said, sums = masking.agreed({**marks, "pruning masks": new}, step, [*counts, *also])
+        if acting is not None and self.history and said[0] != self.history[-1][2]:
+            raise RuntimeError(
+                f"The pruning masks changed before step {step}: their fingerprint is {said[0]}, but the decision at "
+                f"step {self.history[-1][0]} left {self.history[-1][2]}."
+            )
+        if placed is not None:
+            placed.set_counts(sums.pop(0))
         self.activations.put_on(activations)
-        soft = self.elements.decays(self.scorers) if self.frozen is None else {}
-        for name, mask in masks.items():
-            if bool(mask.all()):
-                projection.remove(name, "mask")
-                projection.mask_grad(name, None)
-                projection.decay_masked(name, None)
-                continue
-            projection.add(name, "mask", Masked(mask))
-            own, decay = soft.get(name, (None, 0.0))
-            projection.mask_grad(name, mask if own is None else mask | ~own)
-            projection.decay_masked(name, own, decay)
-        mark = add_fingerprint(masking.fingerprint(projection.layout, masks), activations)
-        comm.check_equal("pruning masks", mark, step)
-        return mark
+        masking.put_on(projection, masks, self.elements.decays(self.scorers) if self.frozen is None else {})
+        return said[-1], sums
 
     def detach(self) -> None:
         """Zero the masked weights for good, in the latent too; leave projection and hooks. No decision
@@ -268,9 +286,7 @@ class Pruner(Method):
         with torch.no_grad():
             for name, mask in masks.items():
                 projection.latent(name).masked_fill_(~mask, 0)
-                projection.remove(name, "mask")
-                projection.mask_grad(name, None)
-                projection.decay_masked(name, None)
+                masking.take_off(projection, name)
         self.frozen = {name: mask.expand(projection.layout.local(name).shape) for name, mask in masks.items()}
         for listener in self.listeners.values():
             listener.close()
@@ -373,7 +389,7 @@ class Pruner(Method):
         if self.history:
             t, _, mark = self.history[-1]
             self._close_listeners_after(t)
-            if self._put_on(t) != mark:
+            if self._put_on(t)[0] != mark:
                 raise RuntimeError(
                     f"The masks of the checkpoint (decided at step {t}) do not have its fingerprint {mark}."
                 )

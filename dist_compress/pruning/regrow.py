@@ -29,11 +29,22 @@ def swapped(fraction: float, kept: int, cost: int) -> int:
     return math.floor(Fraction(str(fraction)) * (kept // cost)) * cost
 
 
-def select_swapping(groups: Sequence[Group], swaps: Mapping[str, Swap]) -> list[list[torch.Tensor]]:
-    """As `select`: what is removed of each shard of each group once those named in `swaps` have made their exchange.
-    Collective."""
+def select_swapping(
+    groups: Sequence[Group],
+    swaps: Mapping[str, Swap],
+    checked: Sequence[tuple[str, Sequence[torch.Tensor]]] = (),
+    also: Sequence[torch.Tensor] = (),
+) -> list[list[torch.Tensor]]:
+    """As `select`: what is removed of each shard of each group once those named in `swaps` have made their exchange,
+    which takes as many collectives again. Collective."""
     more = {name: swap.cost for name, swap in swaps.items() if swap.cost}
-    chosen = select([replace(g, target=g.target + more.get(g.name, 0)) for g in groups])
+    raised = []
+    for group in groups:
+        if group.name in more:
+            assert isinstance(group.target, int), "an exchange keeps a ratio"
+            group = replace(group, target=group.target + more[group.name])
+        raised.append(group)
+    chosen = select(raised, checked=checked, also=also)
     growing = []
     for group, masks in zip(groups, chosen, strict=True):
         if group.name in more:

@@ -70,11 +70,10 @@ class Removed:
     def tell(self, decided: Mapping[str, Sequence[torch.Tensor]]) -> None:
         """Hand on what this rank decided: for each run of `owned` bool [blocks], old and new. Collective.
 
-        Tensors that are not named stay as they are."""
+        Tensors that are not named stay as they are. `counts` are those of before until they are summed."""
         flat = {name: self._joined(name, decided.get(name) or self._owned_bits(name)) for name in self.blocks}
         found = iter(self._back.move(self._back.pick(flat.__getitem__), flat.__getitem__, packed=True))
         self.bits = {name: self._joined(name, [next(found) for _ in self._held(name)]) for name in self.blocks}
-        self._count()
 
     def hand_out(self, decided: Mapping[str, torch.Tensor], owner: Mapping[str, int]) -> None:
         """As `tell`, of tensors that one rank decides as a whole: `decided` has bool [num blocks] of those this rank
@@ -85,7 +84,6 @@ class Removed:
         exchange = Exchange(holdings, [[Span(n, a, a + k) for n in owner for a, k in held[n][r]] for r in ranks])
         found = iter(exchange.move(exchange.pick(decided.__getitem__), self.bits.__getitem__, packed=True))
         self.bits |= {name: self._joined(name, [next(found) for _ in self._held(name)]) for name in owner}
-        self._count()
 
     def spread(self, name: str, bits: torch.Tensor) -> torch.Tensor:
         """Bool [blocks that this rank holds] -> bool of the shape of what it holds of the parameter. Local."""
@@ -117,19 +115,20 @@ class Removed:
         return self.gather([list(self.blocks)] * comm.world_size())
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Collective if anything is sharded."""
+        """Local."""
         for name, old in self.bits.items():
             own = [state[name][first : first + count].to(old.device) for first, count in self._held(name)]
             self.bits[name] = self._joined(name, own)
-        self._count()
+        self.counts = {name: int(state[name].sum()) for name in self.bits}
 
-    def _count(self) -> None:
-        self.counts = {name: int(bits.sum()) for name, bits in self.bits.items()}
-        sharded = [name for name in self.blocks if not self.layout.is_whole(name)]
-        if sharded:
-            own = [sum(int(bits.sum()) for bits in self._owned_bits(name)) for name in sharded]
-            total = comm.all_reduce(torch.tensor(own, device=comm.device())).tolist()
-            self.counts |= dict(zip(sharded, total, strict=True))
+    def own_counts(self) -> torch.Tensor:
+        """int64 [tensors]: what of `counts` this rank decides. Local."""
+        own = [sum(int(bits.sum()) for bits in self._owned_bits(name)) for name in self.blocks]
+        return torch.tensor(own, dtype=torch.int64)
+
+    def set_counts(self, total: torch.Tensor) -> None:
+        """`total`: the sum of `own_counts` over the ranks. Local."""
+        self.counts = dict(zip(self.blocks, total.tolist(), strict=True))
 
     def _owned_bits(self, name: str) -> list[torch.Tensor]:
         return [run.removed for run in self.owned(name)]

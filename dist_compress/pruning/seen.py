@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_compress.pruning.select import score_key
+from dist_compress.pruning.radix import score_key
 
 SHIFT = 20  # of the 32 bits of a score: 8 bins an octave
 HALF = 2**11  # bins of one sign

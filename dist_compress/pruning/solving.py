@@ -43,7 +43,7 @@ def solve(
     before = evidence.elements.placed.gather(own)
     owned: dict[str, torch.Tensor] = {}
     for tensor in tensors:
-        means = inputs[tensor.name].means()
+        means = inputs[tensor.name].means(inputs[tensor.name].statistic.total())
         if owner[tensor.name] == comm.rank():
             owned[tensor.name] = means[tensor.setting.module]
     weights: dict[str, torch.Tensor] = {}

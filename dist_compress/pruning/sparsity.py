@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from dist_compress.pruning.select import KEPT, score_key, tie_key
+from dist_compress.pruning.radix import KEPT, score_key, tie_key
 from dist_compress.pruning.setting import Setting
 from dist_compress.pruning.units import UnitSet
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from pruning_nets import COUPLING, NUM_MICRO, Net, attach, config, micro_batch, train
+from pruning_nets import COUPLING, NUM_MICRO, Net, attach, config, means_of, micro_batch, train
 from torch import nn
 
 from dist_compress import comm
@@ -267,7 +267,7 @@ def test_an_evaluation_is_not_heard():
     plain, seen = Net().train(), []
     plain.a.register_forward_hook(lambda _, args, out: seen.append(out.detach()))
     plain(X)
-    torch.testing.assert_close(listener.means()[0] * NUM_MICRO, seen[0].double().abs().sum((0, 2, 3)))
+    torch.testing.assert_close(means_of(listener)[0] * NUM_MICRO, seen[0].double().abs().sum((0, 2, 3)))
 
 
 def unheard(method, module):

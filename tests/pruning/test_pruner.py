@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from pruning_nets import NUM_MICRO, Net, attach, config, micro_batch, train
+from pruning_nets import NUM_MICRO, Net, attach, config, means_of, micro_batch, train
 
 from dist_compress import comm, pruning
 from dist_compress.config import load
@@ -72,7 +72,7 @@ def local_only(entries):
             x, y = micro_batch(0, micro)
             torch.nn.functional.cross_entropy(model(x), y).backward()
             pruner.after_backward(0, micro)
-        means = pruner.listeners["gates"].means()
+        means = means_of(pruner.listeners["gates"])
     finally:
         comm.ordered_sum = original
     return torch.cat(means)
@@ -256,7 +256,7 @@ def test_detach_leaves_zeros_and_rebase_keeps_them_after_a_shrink():
     saved_state = pruner.state_dict()
     assert set(saved_state) == {"masks", "activations", "history", "scores"}
     pruner.load_state_dict(saved_state)
-    assert fingerprint(projection.layout, pruner.masks())
+    assert int(str(fingerprint(projection.layout, pruner.masks())), 16)
 
 
 def test_results_and_metrics():
@@ -294,5 +294,6 @@ def collectives(entries):
 
 def test_a_decision_costs_a_fixed_number_of_collectives(ranks):
     units, mixed = ranks(2, collectives, GLOBAL)[0], ranks(2, collectives, MIXED)[0]
-    assert units == {"ordered_sum": 1, "all_gather": 1, "all_reduce": 1, "gather_object": 1}
-    assert mixed["all_reduce"] <= 1 + 9 + 1 and mixed["gather_object"] == 1
+    assert units == {"ordered_sum": 1, "all_gather": 1, "all_reduce": 2}  # what was heard, scores, fingerprints
+    assert mixed.pop("all_gather") <= 2  # the second for what ties
+    assert mixed == {"ordered_sum": 1, "all_reduce": 3 + 1, "all_to_all": 1}

@@ -7,7 +7,8 @@ import torch
 from dist_compress import comm
 from dist_compress.errors import UserError
 from dist_compress.hashing import splitmix64
-from dist_compress.pruning.select import Group, Shard, score_key, select, tie_key
+from dist_compress.pruning.radix import score_key, tie_key
+from dist_compress.pruning.select import Group, Shard, select
 
 SIZES = (1200, 1, 799, 0, 500)  # elements of each module
 NUM = sum(SIZES)
@@ -37,7 +38,7 @@ def shards_of(scores: torch.Tensor, rank: int, size: int, cost=1, pieces: int = 
         for p in range(pieces):
             if (m + p * p) % size == rank:
                 start, end = BASES[m] + SIZES[m] * p // pieces, BASES[m] + SIZES[m] * (p + 1) // pieces
-                part = cost[start:end] if isinstance(cost, torch.Tensor) else cost
+                part = cost if isinstance(cost, int) else cost[m][p]
                 shards.append(Shard(module, start, scores[start:end], part))
     return shards[::-1]
 
@@ -102,17 +103,22 @@ def test_groups_share_their_collectives(ranks):
     for (a, b), calls in ranks(3, two_groups):
         assert torch.equal(a, oracle(scores_of("normal"), 700))
         assert torch.equal(b, oracle(scores_of("abs"), 2000))
-        assert set(calls) == {"all_reduce"} and calls["all_reduce"] <= 4  # a census and at most three digits
+        assert set(calls) == {"all_reduce"} and calls["all_reduce"] <= 3  # at most three digits
+
+
+COSTS = [[1 + (37 * m + 61 * p) % 100 for p in range(3)] for m in range(len(SIZES))]  # of each third of a module
 
 
 def weighted(target: int) -> torch.Tensor:
-    scores, cost = scores_of("few"), 1 + torch.arange(NUM) % 100
-    shards = shards_of(scores, comm.rank(), comm.world_size(), cost)
+    shards = shards_of(scores_of("few"), comm.rank(), comm.world_size(), COSTS)
     return whole(shards, select([Group("g", target, MODULES, shards)])[0])
 
 
 def test_costs_give_the_shortest_prefix_that_reaches_the_target(ranks):
-    cost = 1 + torch.arange(NUM) % 100
+    cost = torch.zeros(NUM, dtype=torch.int64)
+    for shard in shards_of(torch.zeros(NUM), 0, 1, COSTS):
+        cost[shard.base : shard.base + len(shard.scores)] = shard.cost
+    assert len(cost.unique()) > 5
     for target in (1, 5003, int(cost.sum()) - 1, int(cost.sum())):
         want = oracle(scores_of("few"), target, cost)
         assert all(torch.equal(got, want) for got in ranks(2, weighted, target))
@@ -141,7 +147,10 @@ BOUNDS = {"layer0": (300, 400), "layer2": (0, 100), "layer4": (450, 500)}
 
 def bounded(target: int) -> torch.Tensor:
     shards = shards_of(scores_of("bf16"), comm.rank(), comm.world_size())
-    return whole(shards, select([Group("g", target, MODULES, shards, BOUNDS)])[0])
+    comm.calls.clear()
+    removed = select([Group("g", target, MODULES, shards, BOUNDS)])[0]
+    assert dict(comm.calls) == {"all_reduce": 3, "all_gather": 1}  # bounds and ties included
+    return whole(shards, removed)
 
 
 def test_bounds_equal_the_clamped_counts(ranks):
@@ -224,7 +233,7 @@ def payload(num: int) -> int:
 
 
 def test_payload_does_not_grow_with_the_elements(ranks):
-    assert max(*ranks(2, payload, 10_000), *ranks(2, payload, 1_000_000)) <= 48 + 8 * 5120
+    assert max(*ranks(2, payload, 10_000), *ranks(2, payload, 1_000_000)) <= 56 + 8 * 5120
 
 
 def test_negative_control_scores_that_differ_by_an_ulp_differ_in_the_mask():
@@ -247,3 +256,76 @@ def test_keys_keep_the_order_of_floats():
 def test_no_groups_no_collective():
     comm.calls.clear()
     assert select([]) == [] and not comm.calls
+
+
+def clamped(scores: torch.Tensor, target: int, cost: list[int]) -> torch.Tensor:
+    """By brute force: the prefix of the sorted elements after which the clamped counts cost as much as asked."""
+    order, counts = np.lexsort((tie_key(torch.arange(NUM)).numpy(), scores.numpy())), [0] * len(SIZES)
+    module = np.repeat(np.arange(len(SIZES)), SIZES)
+    gone = [int(np.isneginf(scores[b : b + n].numpy()).sum()) for b, n in zip(BASES, SIZES, strict=True)]
+    limits = [BOUNDS.get(m, (0, n)) for m, n in zip(MODULES, SIZES, strict=True)]
+    limits = [(max(low, g), max(high, g)) for (low, high), g in zip(limits, gone, strict=True)]
+
+    def clamp() -> list[int]:
+        return [min(max(c, low), high) for c, (low, high) in zip(counts, limits, strict=True)]
+
+    for i in order:
+        if sum(n * c for n, c in zip(clamp(), cost, strict=True)) >= target:
+            break
+        counts[module[i]] += 1
+    out = torch.zeros(NUM, dtype=torch.int64)
+    for m, n in enumerate(clamp()):
+        out[[i for i in order if module[i] == m][:n]] = 1
+    return out
+
+
+EACH = [2, 6, 4, 2, 10]
+
+
+def bounded_cost(kind: str, target: int) -> torch.Tensor:
+    shards = shards_of(scores_of(kind), comm.rank(), comm.world_size(), [[c] * 3 for c in EACH])
+    return whole(shards, select([Group("g", target, MODULES, shards, BOUNDS, unit=2)])[0])
+
+
+@pytest.mark.parametrize("kind", ["normal", "few", "all_equal", "removed"])
+def test_bounds_with_costs_take_what_brute_force_takes(ranks, kind):
+    for target in (5600, 6200) if kind != "removed" else (6200, 6300):
+        want = clamped(scores_of(kind), target, EACH)
+        for size in (1, 3):
+            for got in ranks(size, bounded_cost, kind, target):
+                assert torch.equal(got, want)
+
+
+def many_ties() -> tuple[int, int, dict[str, int]]:
+    num, half = 200_000, comm.rank() * 100_000
+    scores = torch.zeros(num // comm.world_size())
+    comm.calls.clear()
+    removed = select([Group("g", 70_001, ["a"], [Shard("a", half, scores)])])[0][0]
+    calls = dict(comm.calls)
+    mark = splitmix64(half + removed.nonzero().flatten()).sum()
+    total = comm.all_reduce(torch.stack([removed.sum(), mark])).tolist()
+    return total[0], total[1], calls
+
+
+def test_more_ties_than_are_gathered_take_one_more_collective(ranks):
+    [one] = ranks(1, many_ties)
+    for found in ranks(2, many_ties):
+        assert found[:2] == one[:2] and one[0] == 70_001
+        assert found[2] == {"all_reduce": 4, "all_gather": 1}
+
+
+def riders() -> tuple[list[int], list[int], dict[str, int]]:
+    first, second = torch.full((2, 2), comm.rank()), torch.tensor([1, 2**62 * (comm.rank() == 0)])
+    comm.calls.clear()
+    below = select([Group("g", lambda num: num, MODULES, shards_of(scores_of("normal"), comm.rank(), comm.world_size()),
+                          limit=0.25)], also=[first, second])[0]  # fmt: skip
+    calls = dict(comm.calls)
+    assert select([], also=[third := torch.ones(3, dtype=torch.int64)]) == []
+    num = comm.all_reduce(torch.tensor(sum(int(x.sum()) for x in below)))
+    return [int(num), *first.flatten().tolist()], [*second.tolist(), *third.tolist()], calls
+
+
+def test_what_rides_along_is_summed_and_a_limit_becomes_a_target(ranks):
+    for first, second, calls in ranks(3, riders):
+        assert first == [int((scores_of("normal") < 0.25).sum()), 3, 3, 3, 3]
+        assert second == [3, 2**62, 3, 3, 3] and sum(calls.values()) <= 3

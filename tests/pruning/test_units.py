@@ -176,9 +176,9 @@ def test_fingerprint_is_the_sum_of_hashes_of_removed_positions():
     whole = keep.expand(2, 3).contiguous()
     assert masking.fingerprint(Layout(model), {"weight": keep}) == masking.fingerprint(Layout(model), {"weight": whole})
     total = int(splitmix64(torch.tensor([3, 4, 5])).sum()) % 2**64
-    assert masking.fingerprint(Layout(model), {"weight": keep}) == f"{total:016x}"
+    assert masking.fingerprint(Layout(model), {"weight": keep}).whole % 2**64 == total
     assert masking.fingerprint(Layout(model), {"bias": torch.tensor([True, False])}) != masking.fingerprint(
         Layout(model), {"bias": torch.tensor([False, True])}
     )
     assert splitmix64(torch.tensor([0])).item() == 0xE220A8397B1DCDAF - 2**64  # splitmix64's first output
-    assert masking.fingerprint(Layout(model), {}) == "0" * 16
+    assert masking.fingerprint(Layout(model), {}).whole == 0

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pruning_nets import NUM_MICRO, Net, attach, config, micro_batch, train
+from pruning_nets import NUM_MICRO, Net, attach, config, means_of, micro_batch, train
 from straight_through import check_straight_through
 from torch import nn
 
@@ -84,7 +84,7 @@ def test_channels_add_up_their_gates_over_all_steps():
         pruner.before_step(step)
         projection.restore()
         pruner.after_step(step)
-        means = dict(zip((s.name for s in pruner.sets), pruner.listeners["gates_from_start"].means(), strict=True))
+        means = dict(zip((s.name for s in pruner.sets), means_of(pruner.listeners["gates_from_start"]), strict=True))
         for name, mean in means.items():
             torch.testing.assert_close(mean, total[name] / (NUM_MICRO * (step + 1)), rtol=1e-6, atol=1e-15)
 

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from pruning_nets import NUM_MICRO, Net, attach, config, micro_batch, train
+from pruning_nets import NUM_MICRO, Net, attach, config, means_of, micro_batch, train
 from torch import nn
 
 from dist_compress.errors import UserError
@@ -49,7 +49,7 @@ def test_gates_equal_the_gradient_of_a_real_gate(dtype, tolerance):
         expected["stem"] += (g["bn"] + g["bn_b"] + g["depthwise"]).square()
         expected["a"] += g["bn_a"].square()
         expected["free"] += g["free"].square()
-    means = pruner.listeners["gates"].means()
+    means = means_of(pruner.listeners["gates"])
     for s, mean in zip(pruner.sets, means, strict=True):
         close = {"rtol": tolerance, "atol": 1e-9 if dtype == torch.float32 else 0.0}
         torch.testing.assert_close(mean.to(dtype), expected[s.name] / NUM_MICRO, **close)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from pruning_nets import NUM_MICRO, Net, attach, config, micro_batch
+from pruning_nets import NUM_MICRO, Net, attach, config, means_of, micro_batch
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -117,7 +117,7 @@ def test_a_layer_that_is_called_twice_hears_both_and_groups_compare_layers():
     torch.manual_seed(0)
     inputs = [torch.randn(2, 4) for _ in range(NUM_MICRO)]
     layer = nn.Linear(4, 3)
-    once, twice = (heard(Alone(layer, calls), inputs).block_data.inputs.means()["layer"] for calls in (1, 2))
+    once, twice = (means_of(heard(Alone(layer, calls), inputs).block_data.inputs)["layer"] for calls in (1, 2))
     torch.testing.assert_close(twice, 5 * once)  # of x and of 2 x
     model = Alone(layer)
     whole = mask_of(heard(model, inputs, {"global_group_id": 1}), model)
