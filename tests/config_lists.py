@@ -334,7 +334,7 @@ def check_valid(seed: int) -> None:
     if any(is_activation(name) for name in want):
         schedule = {"name": "one_shot", "start": "1steps", "end": "1steps"}
     pruner, _, _ = attach(section(entries, schedule=schedule, **keys), model)
-    if "activations" in pruner.driven:
+    if "activations" in pruner.unit_listeners:
         hear(pruner, model, comm.rank(), comm.world_size())
     for t in pruner.schedule:
         pruner.decide(t)

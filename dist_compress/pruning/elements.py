@@ -168,18 +168,22 @@ class Elements:
             if not members[0].in_runs:
                 metric, head = metrics[members[0].setting.name], members[0]
                 own, unit = [shard for x in members for shard in shards[x.name]], math.gcd(*(x.cost for x in members))
-                names = [x.setting.name for x in members]
+                names, said = [x.setting.name for x in members], head.setting.said_by("method")
                 if head.setting.sparse_threshold is not None:
                     limit = threshold(head.setting, fraction)
-                    groups.append(Group(name, _by_threshold(head, fraction), names, own, {}, unit, limit))
+                    groups.append(Group(name, _by_threshold(head, fraction), names, own, {}, unit, limit, said))
                     continue
                 target, bounds = _target(members, fraction)
-                groups.append(Group(name, target, names, own, bounds, unit))
+                groups.append(Group(name, target, names, own, bounds, unit, source=said))
                 if metric.regrows and head.name in heard:
                     total = head.num * head.cost
                     growth = [metric.growth_scores(*x) for x in zip(weights[head.name], heard[head.name], strict=True)]
                     swaps[name] = Swap(swapped(metric.exchanged(t), total - target, head.cost), growth)
-        checked = [(x.setting.name, [shard.scores for shard in shards[x.name]]) for x in tensors if x.in_runs]
+        checked = [
+            (x.setting.name, x.setting.said_by("method"), [shard.scores for shard in shards[x.name]])
+            for x in tensors
+            if x.in_runs
+        ]
         chosen = iter([mask for masks in select_swapping(groups, swaps, checked, also) for mask in masks])
         parts = {
             x.name: [_in_runs(x, shard, fraction) if x.in_runs else next(chosen) for shard in shards[x.name]]

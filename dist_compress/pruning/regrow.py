@@ -32,7 +32,7 @@ def swapped(fraction: float, kept: int, cost: int) -> int:
 def select_swapping(
     groups: Sequence[Group],
     swaps: Mapping[str, Swap],
-    checked: Sequence[tuple[str, Sequence[torch.Tensor]]] = (),
+    checked: Sequence[tuple[str, str, Sequence[torch.Tensor]]] = (),
     also: Sequence[torch.Tensor] = (),
 ) -> list[list[torch.Tensor]]:
     """As `select`: what is removed of each shard of each group once those named in `swaps` have made their exchange,

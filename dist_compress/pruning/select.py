@@ -52,6 +52,7 @@ class Group:
     bounds: dict[str, tuple[int, int]] = field(default_factory=dict)  # module -> fewest, most elements removed
     unit: int = 1  # divides every cost, here and on the other ranks
     limit: float = -torch.inf
+    source: str = ""  # where the scores come from, for errors
 
 
 @dataclass
@@ -117,7 +118,8 @@ class _Search:
         """`rows`: those of all ranks. Raises UserError."""
         group = self.group
         census = {module: _Census(*row) for module, row in zip(group.modules, rows, strict=True)}
-        _refuse_nan(group.name, {module: found.nan for module, found in census.items()})
+        for module, found in census.items():
+            _refuse_nan(group.name, found.nan, module, group.source)
         removed = free = 0
         for module, found in census.items():
             low, high = found.cost_removed, found.cost_free
@@ -154,23 +156,24 @@ class _Search:
 def select(
     groups: Sequence[Group],
     digits: Sequence[int] = SCORE_DIGITS,
-    checked: Sequence[tuple[str, Sequence[torch.Tensor]]] = (),
+    checked: Sequence[tuple[str, str, Sequence[torch.Tensor]]] = (),
     also: Sequence[torch.Tensor] = (),
 ) -> list[list[torch.Tensor]]:
     """What to remove: bool [n] for each shard of each group. Collective if there are any groups, or any of the rest.
 
-    `checked`: names, and scores of this rank that are only looked at for NaN. `also`: int64 tensors that are summed
-    over the ranks on the way, in place. Raises UserError on every rank for NaN scores and for a target outside of what
-    bounds and +inf allow.
+    `checked`: name, source and scores of this rank that are only looked at for NaN. `also`: int64 tensors that are
+    summed over the ranks on the way, in place. Raises UserError on every rank for NaN scores and for a target outside
+    of what bounds and +inf allow.
     """
     searches = [_Search(group) for group in groups]
     rows = [search.census() for search in searches]
-    nan = [sum(int(x.isnan().sum()) for x in scores) for _, scores in checked]
+    nan = [sum(int(x.isnan().sum()) for x in scores) for *_, scores in checked]
     census = torch.tensor([n for own in rows for row in own for n in row] + nan, dtype=torch.int64)
 
     def begin() -> None:
         found = census.tolist()
-        _refuse_nan("", dict(zip((name for name, _ in checked), found[len(found) - len(nan) :], strict=True)))
+        for (name, source, _), number in zip(checked, found[len(found) - len(nan) :], strict=True):
+            _refuse_nan(name, number, name, source)
         for search, own in zip(searches, rows, strict=True):
             search.ask([[found.pop(0) for _ in row] for row in own])
 
@@ -180,11 +183,13 @@ def select(
     return [search.removed() for search in searches]
 
 
-def _refuse_nan(group: str, found: dict[str, int]) -> None:
-    for module, number in found.items():
-        if number:
-            of = f"{group}: {number} pruning scores of {module}" if group else f"{module}: {number} pruning scores"
-            raise UserError(f"{of} are NaN. Its weights or gradients have diverged; lower optim.lr or prune later.")
+def _refuse_nan(group: str, number: int, module: str, source: str) -> None:
+    if number:
+        of = f"{f' ({source})' if source else ''}{f' of {module}' if module != group else ''}"
+        raise UserError(
+            f"{group}: {number} pruning scores{of} are NaN. Its weights or gradients have diverged; lower optim.lr or "
+            "prune later."
+        )
 
 
 def _until(limit: tuple[int, int], key: torch.Tensor, shard: Shard) -> torch.Tensor:

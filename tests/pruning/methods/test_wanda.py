@@ -57,7 +57,8 @@ def test_by_hand():
     pruner = heard(model, inputs)
     [tensor] = pruner.elements.tensors()
     pruner._placed()
-    [norms] = pruner.block_data.heard(["layer"])[tensor.name]
+    data = pruner.block_data
+    [norms] = data.heard(["layer"], data.inputs.statistic.total())[tensor.name]
     scores = pruner.scorers["layer"].block_scores(layer.weight.detach().view(-1, 1), norms)
     ratio = scores / scores[0]
     assert ratio.tolist() == pytest.approx([1, 15 / 4, 3, 3, 0.1, 0.375, 0.3, 0.3], rel=1e-6)
