@@ -1,4 +1,5 @@
-"""timm: one small model of every module of timm.models, at the smallest size that it takes."""
+"""timm: one small model of every module of timm.models, at the smallest size that it takes; of byoanet, whose layers
+differ most, three."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ from zoo_models.case import Case
 _MODELS = """
 beit beit_base_patch16_224:64:img_size,depth=2
 byoanet halonet_h1:256
+byoanet botnet26t_256:256
+byoanet lambda_resnet26t:256
 byobnet test_byobnet
 cait cait_xxs24_224:64:img_size,depth=4
 coat coat_lite_tiny:64:img_size
