@@ -4,7 +4,8 @@
 
 Every rank holds its share of the same n scores (normal, from one seed). Wall seconds of the slowest rank, the smaller
 of two runs; bytes that one rank hands to collectives; `exact`: exactly n / 2 elements were chosen, and the same ones
-as by a sort on one process (compared by the sum of hashes of their numbers). Prints a Markdown table.
+as by a sort on one process, ties by their hash (compared by the sum of hashes of their numbers). Prints a Markdown
+table.
 
 radix      dist_compress.pruning.select
 bisection  on the bit pattern of the threshold, a count and an all-reduce a step
@@ -29,7 +30,7 @@ import torch.distributed as dist
 
 from dist_compress import comm
 from dist_compress.hashing import splitmix64
-from dist_compress.pruning.radix import score_key
+from dist_compress.pruning.radix import score_key, tie_key
 from dist_compress.pruning.select import Group, Shard, select
 
 BLOCK = 1_000_000  # scores are drawn by blocks, so that every number of ranks sees the same ones
@@ -129,8 +130,10 @@ def count_bytes() -> list[int]:
 
 def reference(num: int) -> list[int]:
     scores = draw(0, num)
-    picked = scores.argsort()[: num // 2]
-    return [num // 2, int(splitmix64(picked).sum())]
+    limit = scores.sort().values[num // 2 - 1]
+    below, tied = (scores < limit).nonzero().flatten(), (scores == limit).nonzero().flatten()
+    tied = tied[tie_key(tied).argsort()][: num // 2 - len(below)]
+    return [num // 2, int(splitmix64(below).sum() + splitmix64(tied).sum())]
 
 
 def main(sizes: list[int], ranks: list[int]) -> None:

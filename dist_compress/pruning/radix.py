@@ -26,12 +26,22 @@ LOWEST = -(2**31)
 REMOVED = LOWEST + 0x007FFFFF  # the key of -inf
 KEPT = LOWEST + 0xFF800000  # the key of +inf
 ALL = 2**62  # more than any cost
+PIECE = 2**17  # elements that a CPU works on at a time: what is computed of them on the way stays in its cache
+
+
+def pieces(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """A tensor [n], cut for a CPU; whole for anything else."""
+    return tensor.split(PIECE) if tensor.device.type == "cpu" else (tensor,)
 
 
 def score_key(scores: torch.Tensor) -> torch.Tensor:
     """float32 [n] -> int32 [n] in the same order; -0 equals +0."""
-    bits = (scores.float() + 0.0).contiguous().view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    scores = scores.float().contiguous()
+    keys = torch.empty_like(scores, dtype=torch.int32)
+    for score, key in zip(pieces(scores), pieces(keys), strict=True):
+        bits = (score + 0.0).view(torch.int32)
+        torch.bitwise_xor(bits, (bits >> 31) & 0x7FFFFFFF, out=key)
+    return keys
 
 
 def tie_key(index: torch.Tensor) -> torch.Tensor:
@@ -181,8 +191,7 @@ def _pass(
     asked = [q for q in queries if not q.done]
     if not asked and not also:
         return []
-    found = [[digit(part.alive) for part in q.parts] for q in asked]
-    tables = [_histogram(q, own, 2**bits, device) for q, own in zip(asked, found, strict=True)]
+    tables = [_histogram(q, digit, 2**bits, device) for q in asked]
     flat = torch.cat([*(t.flatten() for t in tables), *(t.flatten().to(device) for t in also)])
     sums = comm.all_reduce(flat).split([*(t.numel() for t in tables), *(t.numel() for t in also)])
     for t, total in zip(also, sums[len(tables) :], strict=True):
@@ -212,14 +221,17 @@ def _pass(
             q.done = True
             settled.append(q)
         else:
-            for part, own in zip(q.parts, found[i], strict=True):
-                part.alive = part.alive[own == d]
+            for part in q.parts:
+                part.alive = torch.cat([piece[digit(piece) == d] for piece in pieces(part.alive)])
     return settled
 
 
-def _histogram(query: Query, digits: Sequence[torch.Tensor], bins: int, device: torch.device) -> torch.Tensor:
+def _histogram(
+    query: Query, digit: Callable[[torch.Tensor], torch.Tensor], bins: int, device: torch.device
+) -> torch.Tensor:
     """int64 [rows, bins]: the cost of this rank's elements."""
     table = torch.zeros(len(query.rows), bins, dtype=torch.int64, device=device)
-    for part, digit in zip(query.parts, digits, strict=True):
-        table[part.row] += torch.bincount(digit, minlength=bins) * part.cost
+    for part in query.parts:
+        for piece in pieces(part.alive):
+            table[part.row] += torch.bincount(digit(piece), minlength=bins) * part.cost
     return table

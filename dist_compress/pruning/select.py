@@ -26,6 +26,7 @@ from dist_compress.pruning.radix import (
     Row,
     descend,
     parts_of,
+    pieces,
     score_key,
     tie_key,
 )
@@ -71,8 +72,13 @@ class _Census:
     def row(cls, shards: Sequence[Shard], keys: Sequence[torch.Tensor], limit: float) -> list[int]:
         out = [0] * 7
         for shard, key in zip(shards, keys, strict=True):
-            nan, removed, free = (int(x.sum()) for x in (shard.scores.isnan(), key == REMOVED, key < KEPT))
-            below = removed if limit == -torch.inf else int((shard.scores < limit).sum())
+            nan = removed = free = below = 0
+            for score, k in zip(pieces(shard.scores), pieces(key), strict=True):
+                nan += int(score.isnan().count_nonzero())
+                removed += int((k == REMOVED).count_nonzero())
+                free += int((k < KEPT).count_nonzero())
+                below += 0 if limit == -torch.inf else int((score < limit).count_nonzero())
+            below = removed if limit == -torch.inf else below
             costs = [removed * shard.cost, free * shard.cost, len(key) * shard.cost]
             out = [a + b for a, b in zip(out, [nan, removed, free, *costs, below], strict=True)]
         return out
