@@ -235,7 +235,8 @@ def _num_params(model: nn.Module) -> int:
 
 
 def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
+    text = re.sub(r"/\S*/site-packages/", "", f"{type(error).__name__}: {error}")  # where this machine has it
+    return text.replace("\n", " ")[:300]
 
 
 class _Phases:
