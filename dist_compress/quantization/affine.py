@@ -56,20 +56,33 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
     """`dequantize(quantize(x))` in the dtype of `x`."""
     if dtype.is_float:
         return (quantize(x, scale, zero_point, dtype).float() * scale).to(x.dtype)
-    return ((_levels(x, scale, zero_point, dtype) - zero_point) * scale).to(x.dtype)
+    return _scaled(_clip(_rounded(x, scale), zero_point, dtype), scale).to(x.dtype)
 
 
 def in_range(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dtype: QuantDtype) -> torch.Tensor:
     """bool, the shape of `x`: what is rounded, not clipped."""
     if dtype.is_float:
         return x.float().abs() <= dtype.quant_max * scale
-    level = torch.round(x.float() * (1.0 / scale)) + zero_point
-    return (level >= dtype.quant_min) & (level <= dtype.quant_max)
+    rounded = _rounded(x, scale)
+    return _clip(rounded, zero_point, dtype) == rounded
 
 
 def _levels(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dtype: QuantDtype) -> torch.Tensor:
     """float32: whole numbers in [quant_min, quant_max]."""
-    return (torch.round(x.float() * (1.0 / scale)) + zero_point).clamp(dtype.quant_min, dtype.quant_max)
+    return _clip(_rounded(x, scale), zero_point, dtype) + zero_point
+
+
+def _rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.mul(x.float(), 1.0 / scale).round_()
+
+
+def _clip(rounded: torch.Tensor, zero_point: torch.Tensor, dtype: QuantDtype) -> torch.Tensor:
+    """Levels less their zero point. Without adding it: passes over an activation are what quantizing costs."""
+    return rounded.minimum((dtype.quant_max - zero_point).float()).maximum((dtype.quant_min - zero_point).float())
+
+
+def _scaled(clipped: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.addcmul(scale.new_zeros(()), clipped, scale)  # adding 0 leaves no -0.0
 
 
 class StraightThrough(torch.autograd.Function):
@@ -78,21 +91,23 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, scale, zero_point, dtype, masked):  # type: ignore[no-untyped-def]
         ctx.masked = masked
-        if masked:
-            ctx.save_for_backward(in_range(x, scale, zero_point, dtype))
-        return fake_quantize(x, scale, zero_point, dtype)
+        if not masked or dtype.is_float:
+            if masked:
+                ctx.save_for_backward(in_range(x, scale, zero_point, dtype))
+            return fake_quantize(x, scale, zero_point, dtype)
+        rounded = _rounded(x, scale)
+        clipped = _clip(rounded, zero_point, dtype)
+        ctx.save_for_backward(clipped == rounded)
+        return _scaled(clipped, scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         grad = grads[0]
-        return (grad * ctx.saved_tensors[0] if ctx.masked else grad), None, None, None, None
+        return (torch.where(ctx.saved_tensors[0], grad, 0.0) if ctx.masked else grad), None, None, None, None
 
 
 def simulate(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dtype: QuantDtype, masked: bool
 ) -> torch.Tensor:
     """`fake_quantize` with the gradient of `apply_method`: qat_clamp_round is `masked`, clamp_round is not."""
-    if masked and scale.numel() == 1 and not dtype.is_float and x.dtype == torch.float32:  # one kernel does it all
-        flat = (scale.reshape(1), zero_point.reshape(1), dtype.quant_min, dtype.quant_max)
-        return torch.fake_quantize_per_tensor_affine(x, *flat)
     return StraightThrough.apply(x, scale, zero_point, dtype, masked)  # type: ignore[no-any-return]

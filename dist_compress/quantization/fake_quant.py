@@ -17,7 +17,7 @@ from torch import nn
 
 from dist_compress.quantization.affine import fake_quantize, in_range, qparams, simulate
 from dist_compress.quantization.dtypes import QuantDtype
-from dist_compress.quantization.granularity import Granularity, rows, spread
+from dist_compress.quantization.granularity import Granularity, extent, rows, spread
 from dist_compress.quantization.observer import Measured, Observer
 from dist_compress.quantization.search import STEPS
 
@@ -105,8 +105,7 @@ class FakeQuantize(nn.Module):
 
     def fit(self, weight: torch.Tensor) -> None:
         """Take the range of a parameter from it, before it is compressed. Local."""
-        cut = rows(weight.detach().float(), self.spec.granularity)
-        self.set_range(*torch.aminmax(cut, dim=1))
+        self.set_range(*extent(weight.detach().float(), self.spec.granularity))
 
     @torch.no_grad()
     def compress(self, weight: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dist_compress import comm
-from dist_compress.quantization.granularity import Granularity, rows
+from dist_compress.quantization.granularity import Granularity, extent
 
 NONE = float("-inf")  # the neutral element of MAX: nothing seen
 Measured = list[torch.Tensor]
@@ -43,17 +43,17 @@ class Observer:
     @torch.no_grad()
     def measure(self, x: torch.Tensor) -> Measured:
         """What one micro-batch adds. Local; changes nothing."""
-        blocks = rows(x.detach().float(), self.granularity)
-        if blocks.shape[1] == 0:
+        x = x.detach().float()
+        if x.numel() == 0:
             return [torch.full_like(self._extent, NONE), torch.zeros_like(self._seen)]
-        low, high = torch.aminmax(blocks, dim=1)
+        low, high = extent(x, self.granularity)
         bad = torch.zeros_like(self._seen[:1])
         if not bool((low.isfinite() & high.isfinite()).all()):
-            finite = blocks.isfinite()
-            low = torch.where(finite, blocks, -NONE).amin(1)
-            high = torch.where(finite, blocks, NONE).amax(1)
+            finite = x.isfinite()
+            low, _ = extent(torch.where(finite, x, -NONE), self.granularity)
+            _, high = extent(torch.where(finite, x, NONE), self.granularity)
             bad = (~finite).sum().view(1)
-        return [torch.stack([-low, high]), torch.cat([torch.full_like(bad, blocks.numel()), bad])]
+        return [torch.stack([-low, high]), torch.cat([torch.full_like(bad, x.numel()), bad])]
 
     def fold(self, measured: Measured) -> None:
         """Add one micro-batch to the step. Local."""
