@@ -291,7 +291,7 @@ class Job:
         self.attach_quantizer(quantizer)
         self.trainer.methods = self.methods
         self.trainer.rebuild(lambda moments: moments)
-        calibrate(self.trainer, quantizer, self.config.quantization.calibration_steps)
+        calibrate(self.trainer, quantizer, quantizer.calibration_steps)
         quantizer.begin()
         for line in quantizer.notes():
             self.reporter.event(line, self.trainer.step)

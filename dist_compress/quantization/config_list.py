@@ -6,6 +6,7 @@ quantization's own. Without any entry every convolution and linear layer is a ta
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import re
@@ -41,6 +42,7 @@ class _Quantization(Noun[Setting]):
     setting = Setting
     takes_back = ("quant_dtype", "quant_scheme", "granularity", "apply_method", "fuse_names")
     belongs = {"method": "options"}
+    method: str | None = None  # of targets for which no entry names one
 
     def values(self, given: dict[str, Any], where: str) -> dict[str, Any]:
         for key, value in given.items():
@@ -65,13 +67,21 @@ class _Quantization(Noun[Setting]):
         return given
 
     def usual(self, module: nn.Module, entry: Entry) -> list[str]:
-        if type(module).__name__ in LAYERS:
-            return ["_input_0", "weight"]
-        return ["weight"] if weight_dims(module) >= 2 else ["_output_0"]
+        layer, weight = type(module).__name__ in LAYERS, weight_dims(module) >= 2
+        if self._only_parameters(entry):
+            return ["weight"] if layer or weight else []
+        return ["_input_0", "weight"] if layer else ["weight"] if weight else ["_output_0"]
 
     def unfit(self, modules: Modules, entry: Entry) -> str:
+        if not entry.target_names and self._only_parameters(entry):
+            return "no weight to quantize, and its method is for parameters only. Leave it out."
         wanted = " or ".join(entry.target_names) or "input, output or weight"
         return f"no {wanted} to quantize: it did not run on the example input."
+
+    def _only_parameters(self, entry: Entry) -> bool:
+        name = entry.values.get("method", self.method)
+        key = f"{entry.where}.method" if "method" in entry.values else "quantization.method"
+        return name is not None and not _kind(name, key).activations
 
 
 QUANTIZATION = _Quantization()
@@ -85,7 +95,9 @@ def resolve(
     entries = config.config_list or [{"op_types": sorted({type(m).__name__ for m in model.modules()} & {*LAYERS})}]
     if not entries[0].get("op_types") and not config.config_list:
         raise UserError("quantization.config_list is empty and the model has no convolution or linear layer. Add one.")
-    merged = merge_entries(QUANTIZATION, entries, config.default_settings, model, sites)
+    noun = copy.copy(QUANTIZATION)
+    noun.method = config.method
+    merged = merge_entries(noun, entries, config.default_settings, model, sites)
     for setting in merged.values():
         if isinstance(model.get_submodule(setting.module), nn.Sequential | nn.ModuleList | nn.ModuleDict):
             raise UserError(f"{setting.sources['']} selects {setting.module}, a container. Name modules inside of it.")
@@ -104,6 +116,11 @@ def _settle(setting: Setting, config: QuantizationConfig) -> None:
             )
         setting.method, setting.options = config.method, {**config.options, **setting.options}
     kind = fake_quantize_class(setting)
+    if setting.is_activation and not kind.activations:
+        raise UserError(
+            f"{setting.name}: {setting.said_by('method')} is for parameters only. Leave {setting.target} out of "
+            f"{setting.sources['']}, or give it a method of its own in target_settings."
+        )
     if setting.quant_dtype == "default":
         setting.quant_dtype = "uint8" if setting.is_activation else "int8"
     dtype = dtypes.DTYPES[setting.quant_dtype]
@@ -121,8 +138,13 @@ def _settle(setting: Setting, config: QuantizationConfig) -> None:
 
 
 def fake_quantize_class(setting: Setting) -> type[FakeQuantize]:
-    """The subclass of FakeQuantize that the file of a method defines. Local. Raises UserError."""
-    module = method.load("quantization", setting.said_by("method").partition("=")[0], setting.method)
+    """That of the method of a target. Local. Raises UserError."""
+    return _kind(setting.method, setting.said_by("method").partition("=")[0])
+
+
+def _kind(name: str, key: str) -> type[FakeQuantize]:
+    """The subclass of FakeQuantize that the file of a method defines."""
+    module = method.load("quantization", key, name)
     found = [
         kind
         for _, kind in inspect.getmembers(module, inspect.isclass)
@@ -130,7 +152,7 @@ def fake_quantize_class(setting: Setting) -> type[FakeQuantize]:
     ]
     if len(found) != 1 or not hasattr(module, "Options"):
         raise UserError(
-            f"{setting.said_by('method')}: {module.__name__} must define one subclass of FakeQuantize and a dataclass "
+            f"{key}={name!r}: {module.__name__} must define one subclass of FakeQuantize and a dataclass "
             "`Options`, empty if need be."
         )
     return found[0]

@@ -38,6 +38,7 @@ class FakeQuantize(nn.Module):
 
     trains = True  # the model is trained with it; False: it is put on when training is over
     refits = True  # the range of a parameter is taken from it again at every step
+    activations = True  # False: only parameters can be its targets
     weight_scheme = "symmetric_restricted"  # what quant_scheme: default means for a signed dtype
     apply_method = "qat_clamp_round"  # what apply_method: default means
 

@@ -91,9 +91,10 @@ class Quantizer(Method):
     def _check_methods(self) -> None:
         kinds = {setting.method: fake_quantize_class(setting).trains for setting in self.settings}
         if len(set(kinds.values())) > 1:
+            late = " and ".join(name for name, trains in kinds.items() if not trains)
             raise UserError(
-                f"quantization.config_list: methods {', '.join(kinds)} in one run: ptq takes its ranges from the model "
-                "as it is when training is over, the others train with theirs. Use one kind."
+                f"quantization.config_list: methods {', '.join(kinds)} in one run: {late} quantizes a model whose "
+                "training is over, the others train with their scales. Use one kind."
             )
 
     def _check_norms(self) -> None:
@@ -114,8 +115,8 @@ class Quantizer(Method):
         step = duration(start, "quantization.start", total_steps, steps_per_epoch)
         if step < total_steps and not self._any_trains():
             raise UserError(
-                f"quantization.start={start!r} is step {step} of {total_steps}, but ptq is for a model whose training "
-                "is over. Leave it null, or choose qat."
+                f"quantization.start={start!r} is step {step} of {total_steps}, but the method is for a model whose "
+                "training is over. Leave it null, or choose one that trains, such as qat."
             )
         if shrink is not None and step < shrink:
             raise UserError(
@@ -130,6 +131,12 @@ class Quantizer(Method):
         methods = [self.config.method, *(e.get("method") for e in self.config.config_list if isinstance(e, dict))]
         sources = [Setting("", "", method=str(name)) for name in methods if name is not None]
         return any(fake_quantize_class(setting).trains for setting in sources)
+
+    @property
+    def calibration_steps(self) -> int:
+        """Global batches that have to be seen before `begin`; the same on every rank."""
+        observed = any(q.observer is not None for q in self.activations.values())
+        return self.config.calibration_steps if observed else 0
 
     def _begin_pass(self, model: nn.Module, args: Any) -> None:
         """A forward pass begins: what an evaluation or a dummy round left behind is dropped."""

@@ -81,7 +81,7 @@ def test_granularities(target, value, wanted):
         ({"op_types": ["Linear"], "target_names": ["_input_0"], "quant_scheme": "symmetric_restricted"}, ["signed"]),
         ({"op_types": ["Linear"], "target_names": ["_input_7"]}, ["_input_7", "_input_0"]),
         ({"op_types": ["Linear"], "target_names": ["_input_0"], "granularity": [2, 2]}, ["is the batch"]),
-        ({"op_types": ["Linear"], "method": "gptqq"}, ["gptqq", "lsq, ptq, qat"]),
+        ({"op_types": ["Linear"], "method": "gptqq"}, ["gptqq", "lsq, ptq, qat, round_to_nearest"]),
         ({"op_types": ["Linear"], "bits": 8}, ["config_list[0].bits"]),
         ({"op_types": ["Linear"], "fuse_names": ["linear"]}, ["fuse_names", "list of lists"]),
     ],
@@ -93,7 +93,7 @@ def test_errors_name_what_is_wrong(entry, said):
 
 
 def test_ptq_and_training_do_not_mix():
-    with pytest.raises(UserError, match="ptq takes its ranges"):
+    with pytest.raises(UserError, match="ptq quantizes a model whose training is over"):
         attached(net(), method="qat", config_list=[{"op_types": ["Conv2d"]}, {"op_types": ["Linear"], "method": "ptq"}])
 
 
