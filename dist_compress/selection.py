@@ -3,7 +3,8 @@
     (op_names | modules matching op_names_re) & op_types, or op_types alone; minus what the exclude_ keys name
 
 where a type is the exact class name (of a parametrized module, that of the class it was), and a pattern must match
-from the start of the module name (`re.match`). What matches nothing is an error.
+from the start of the module name (`re.match`). What matches nothing is an error. A call of a function
+(dist_compress.functions) has the function's name for a type, and is meant only by its own name or with its type.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from dist_compress.errors import UserError
+from dist_compress.functions import Call
 
 SELECTORS = ("op_types", "op_names", "op_names_re")
 EXCLUDES = tuple(f"exclude_{key}" for key in SELECTORS)
@@ -35,6 +37,8 @@ class Modules:
     def chosen(self, entry: dict[str, Any], where: str) -> list[str]:
         """The modules an entry selects, in model order. Raises UserError."""
         found = {key: self._match(entry.get(key, []), key, where) for key in (*SELECTORS, *EXCLUDES)}
+        if not entry.get("op_types"):
+            found["op_names_re"] -= {name for name, module in self.modules.items() if isinstance(module, Call)}
         chosen = found["op_names"] | found["op_names_re"]
         if not (entry.get("op_names") or entry.get("op_names_re")):
             chosen = found["op_types"]
@@ -77,7 +81,10 @@ class Modules:
 
 
 def type_name(module: nn.Module) -> str:
-    """Its class name; torch.nn.utils.parametrize puts a class of its own in the place of the one it was."""
+    """Its class name; torch.nn.utils.parametrize puts a class of its own in the place of the one it was. Of a call the
+    name of the function."""
+    if isinstance(module, Call):
+        return module.function
     return parametrize.type_before_parametrizations(module).__name__
 
 

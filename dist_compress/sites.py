@@ -107,6 +107,10 @@ class Sites:
             raise UserError(f"{module}: {name} is {found[0].dtype}. Only floating point activations can be targets.")
         return real
 
+    def forget(self) -> None:
+        """The model has other modules than before: look again when next asked."""
+        vars(self).pop("by_module", None)
+
     def site(self, module: str, name: str) -> Site:
         """The one site of this name. It exists: it comes from `meant`."""
         return next(site for site in self.by_module[module] if site.name == name)

@@ -1,7 +1,8 @@
 """`quantization.config_list`: which tensors are targets, and how each of them is quantized.
 
 Keys and their meaning follow the NNI 3.0 config list; `dist_compress.config_list` merges the entries, here is what is
-quantization's own. Without any entry every convolution and linear layer is a target: its input and its weight.
+quantization's own. Without any entry every convolution and linear layer is a target: its input and its weight. Calls
+of functions are targets where an entry names them, and become modules for it (dist_compress.functions).
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any
 
 from torch import nn
 
-from dist_compress import blocks, method
+from dist_compress import blocks, call_sites, method
 from dist_compress.config import QuantizationConfig, merge
 from dist_compress.config_list import Entry, Noun, in_model_order
 from dist_compress.config_list import merge as merge_entries
 from dist_compress.errors import UserError
+from dist_compress.functions import Call
 from dist_compress.quantization import dtypes
 from dist_compress.quantization.fake_quant import FakeQuantize, Spec
 from dist_compress.quantization.granularity import (
@@ -67,6 +69,8 @@ class _Quantization(Noun[Setting]):
         return given
 
     def usual(self, module: nn.Module, entry: Entry) -> list[str]:
+        if isinstance(module, Call) and not self._only_parameters(entry):
+            return ["_output_0"] if module.function == "softmax" else ["_input_"]
         layer, weight = type(module).__name__ in LAYERS, weight_dims(module) >= 2
         if self._only_parameters(entry):
             return ["weight"] if layer or weight else []
@@ -95,9 +99,11 @@ def resolve(
     entries = config.config_list or [{"op_types": sorted({type(m).__name__ for m in model.modules()} & {*LAYERS})}]
     if not entries[0].get("op_types") and not config.config_list:
         raise UserError("quantization.config_list is empty and the model has no convolution or linear layer. Add one.")
+    call_sites.expose(sites, *call_sites.asked_for(entries, model), QUANTIZATION.root)
     noun = copy.copy(QUANTIZATION)
     noun.method = config.method
     merged = merge_entries(noun, entries, config.default_settings, model, sites)
+    call_sites.hide(model, {setting.module for setting in merged.values()})
     for setting in merged.values():
         if isinstance(model.get_submodule(setting.module), nn.Sequential | nn.ModuleList | nn.ModuleDict):
             raise UserError(f"{setting.sources['']} selects {setting.module}, a container. Name modules inside of it.")

@@ -1,6 +1,6 @@
 """A quantized model as it is delivered: how quantizers are put into a model, described, and put into another one.
 
-    {"format": 1, "folded": [["conv1", "bn1"]],
+    {"format": 1, "folded": [["conv1", "bn1"]], "calls": [["layer1.0.add_0", "add", 1]],
      "quantizers": [{"module": "conv1", "target": "weight", "quant_scheme": "symmetric_restricted",
                      "quant_dtype": "int8", "quant_min": -127, "quant_max": 127,
                      "granularity": ["PerChannel", 0], "scale_shape": [16, 1, 1, 1]}]}
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_compress import call_sites
 from dist_compress.config_list import is_activation
 from dist_compress.quantization.dtypes import BIAS, DTYPES, QuantDtype
 from dist_compress.quantization.fake_quant import FakeQuantize, Spec
@@ -83,6 +84,7 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     return {
         "format": _FORMAT,
         "folded": [[m.layer, name] for name, m in model.named_modules() if isinstance(m, Folded)],
+        "calls": call_sites.describe(model),
         "quantizers": [
             {
                 "module": module,
@@ -107,6 +109,7 @@ def rebuild(model: nn.Module, description: dict[str, Any]) -> None:
         layer.bias = nn.Parameter(torch.zeros(channels, dtype=layer.weight.dtype, device=layer.weight.device))
         parent, _, name = norm.rpartition(".")
         setattr(model.get_submodule(parent), name, Folded(layer_name))
+    call_sites.restore(model, description.get("calls", []))
     device = next(model.parameters()).device
     for d in description["quantizers"]:
         kind, *values = d["granularity"]
