@@ -291,7 +291,8 @@ class Job:
         self.attach_quantizer(quantizer)
         self.trainer.methods = self.methods
         self.trainer.rebuild(lambda moments: moments)
-        calibrate(self.trainer, quantizer, quantizer.calibration_steps)
+        for listener, num_steps in quantizer.rounds():
+            calibrate(self.trainer, listener, num_steps)
         quantizer.begin()
         for line in quantizer.notes():
             self.reporter.event(line, self.trainer.step)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_compress.errors import UserError
 from dist_compress.quantization.affine import fake_quantize, in_range, qparams, simulate
 from dist_compress.quantization.dtypes import QuantDtype
 from dist_compress.quantization.granularity import Granularity, extent, rows, spread
@@ -120,6 +121,23 @@ class FakeQuantize(nn.Module):
         if not self.spec.masked or self.refits:  # a range that is the weight's own clips nothing
             return grad
         return grad * in_range(weight, *self.scales_for(weight), self.spec.dtype)
+
+
+WEIGHT_OBSERVERS = ("min_max", "mse")
+
+
+def weight_range(weight: torch.Tensor, spec: Spec, observer: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 low and high, [blocks], of a weight whose range is that of its values, or the part of it with the
+    smallest squared error ("mse"; of floats there is only the former)."""
+    if observer == "mse" and not spec.dtype.is_float:
+        return best_range(weight, spec)
+    return extent(weight.detach().float(), spec.granularity)
+
+
+def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    """Raise UserError unless an option of a method is one of `choices`."""
+    if value not in choices:
+        raise UserError(f"quantization.options.{key}={value!r}: no such choice. Available: {', '.join(choices)}.")
 
 
 def best_range(weight: torch.Tensor, spec: Spec) -> tuple[torch.Tensor, torch.Tensor]:

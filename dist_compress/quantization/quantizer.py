@@ -1,6 +1,7 @@
 """The quantizer: puts fake quantizers on the targets, keeps their scales, and leaves a model that can be deployed.
 
     attach       modules for activations are hooked into the data flow; nothing is quantized yet
+    rounds       methods that change weights hear what layers are called with, and change them (preparing.py)
     calibrate    forward passes are observed (training/calibration.py), float
     begin        ranges are known: everything is quantized from here on
     train        methods that train: each step is observed, and its ranges are those of the next
@@ -26,11 +27,13 @@ from dist_compress.duration import duration
 from dist_compress.errors import UserError
 from dist_compress.fingerprint import weights_fingerprint
 from dist_compress.method import Context, Method
-from dist_compress.quantization import cpu, fuse
+from dist_compress.quantization import cpu, fuse, preparing
 from dist_compress.quantization.config_list import build as build_quantizer
 from dist_compress.quantization.config_list import fake_quantize_class, resolve
 from dist_compress.quantization.deploy import install
 from dist_compress.quantization.fake_quant import FakeQuantize
+from dist_compress.quantization.heard import Heard
+from dist_compress.quantization.layer import Layer
 from dist_compress.quantization.observer import reduce
 from dist_compress.quantization.setting import Setting
 from dist_compress.quantization.table import Row, table
@@ -52,6 +55,7 @@ class Quantizer(Method):
         self.config = config.quantization
         self.calibrating = self.begun = False
         self.rows: list[Row] = []
+        self.said: list[str] = []  # by methods that changed weights
 
     def attach(self, context: Context) -> None:
         """Find the targets, fuse layers with their norms, hook the quantizers in. Collective. Raises UserError."""
@@ -81,6 +85,7 @@ class Quantizer(Method):
                 where = self.fused[where].last  # what the fused kernel puts out
             (self.activations if setting.is_activation else self.parameters)[setting.path] = quantizer
             install(model, where, setting.target, quantizer)
+        preparing.check(model, self.parameters)
         self.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.freeze = duration(
             self.config.freeze, "quantization.freeze", context.total_steps, context.steps_per_epoch
@@ -132,11 +137,24 @@ class Quantizer(Method):
         sources = [Setting("", "", method=str(name)) for name in methods if name is not None]
         return any(fake_quantize_class(setting).trains for setting in sources)
 
-    @property
-    def calibration_steps(self) -> int:
-        """Global batches that have to be seen before `begin`; the same on every rank."""
-        observed = any(q.observer is not None for q in self.activations.values())
-        return self.config.calibration_steps if observed else 0
+    def rounds(self) -> Iterator[tuple[Heard | Quantizer, int]]:
+        """What has to be shown the calibration data before `begin`, one after the other, and how many global batches
+        of it. Whatever changes weights has done so before the next is given out. Every step is collective."""
+        layers = [self._layer(path) for path in self.parameters if path.endswith(".weight")]
+        for listener in preparing.rounds(self.context, layers, self.said):
+            yield listener, self.config.calibration_steps
+        if any(q.observer is not None for q in self.activations.values()):
+            yield self, self.config.calibration_steps
+
+    def _layer(self, path: str) -> Layer:
+        quantizer, fold, projection = self.parameters[path], self._fold_of(path), self.context.projection
+        name = quantizer.place[0]
+
+        def write(weight: torch.Tensor) -> None:
+            projection.latent(path).copy_(weight if fold is None else fold.out_of(weight))
+
+        keep = projection.masks().get(projection.owner(path))
+        return Layer(name, self.context.model.get_submodule(name), quantizer, lambda: self._folded(path), write, keep)
 
     def _begin_pass(self, model: nn.Module, args: Any) -> None:
         """A forward pass begins: what an evaluation or a dummy round left behind is dropped."""
@@ -259,7 +277,7 @@ class Quantizer(Method):
 
     def notes(self) -> list[str]:
         why = "quantization.reduce_range=true" if self.config.reduce_range else "this CPU has no int8 dot products"
-        return [*overrides(self.settings), *([f"int8 weights have 7 bits: {why}"] if self.reduced else [])]
+        return [*overrides(self.settings), *self.said, *([f"int8 weights have 7 bits: {why}"] if self.reduced else [])]
 
     def metrics(self) -> dict[str, float]:
         bad = sum(int(q.observer.counts[1]) for q in self.activations.values() if q.observer is not None)

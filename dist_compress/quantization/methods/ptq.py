@@ -13,7 +13,7 @@ import torch
 
 from dist_compress.errors import UserError
 from dist_compress.quantization import histogram
-from dist_compress.quantization.fake_quant import FakeQuantize, best_range
+from dist_compress.quantization.fake_quant import WEIGHT_OBSERVERS, FakeQuantize, check_choice, weight_range
 from dist_compress.quantization.observer import Observer
 
 
@@ -24,15 +24,8 @@ class Options:
     weight_observer: str = "mse"  # min_max | mse
 
     def __post_init__(self) -> None:
-        for key, choices in (
-            ("observer", ("min_max", "percentile", "mse", "entropy")),
-            ("weight_observer", ("min_max", "mse")),
-        ):
-            if getattr(self, key) not in choices:
-                raise UserError(
-                    f"quantization.options.{key}={getattr(self, key)!r}: no such choice. "
-                    f"Available: {', '.join(choices)}."
-                )
+        check_choice("observer", self.observer, ("min_max", "percentile", "mse", "entropy"))
+        check_choice("weight_observer", self.weight_observer, WEIGHT_OBSERVERS)
         if not 0.5 < self.percentile <= 1:
             raise UserError(f"quantization.options.percentile={self.percentile}: must be above 0.5 and at most 1.")
 
@@ -57,7 +50,4 @@ class Ptq(FakeQuantize):
         self.observer = None  # the range stays
 
     def fit(self, weight: torch.Tensor) -> None:
-        if self.options.weight_observer == "mse" and not self.spec.dtype.is_float:
-            self.set_range(*best_range(weight, self.spec))
-        else:
-            super().fit(weight)
+        self.set_range(*weight_range(weight, self.spec, self.options.weight_observer))

@@ -15,7 +15,7 @@ from dist_compress.errors import UserError
 def rounded(model: nn.Module, example: torch.Tensor = EXAMPLE, **config: Any) -> Any:
     """No calibration at all."""
     quantizer = attached(model, example, method="round_to_nearest", **config)
-    assert quantizer.calibration_steps == 0
+    assert list(quantizer.rounds()) == []
     quantizer.begin()
     return quantizer
 
@@ -57,4 +57,4 @@ def test_activations_are_refused(entry, said):
 def test_activations_may_have_a_method_of_their_own():
     entry = {"op_types": ["Linear"], "target_settings": {"_input_0": {"method": "ptq"}, "weight": {}}}
     quantizer = attached(net(), method="round_to_nearest", config_list=[entry])
-    assert list(quantizer.activations) == ["linear._input_0"] and quantizer.calibration_steps == 8
+    assert list(quantizer.activations) == ["linear._input_0"] and list(quantizer.rounds()) == [(quantizer, 8)]
