@@ -121,3 +121,15 @@ def test_learned_scales_have_the_same_bits_too(ranks, tmp_path):
     one = ranks(1, whole_run, str(tmp_path / "1"), *more, timeout_s=110)[0]
     assert bits(ranks(2, whole_run, str(tmp_path / "2"), *more, timeout_s=110)[1]) == bits(one)
     assert torch.tensor([row["scale"][0] for row in one["rows"]]).gt(0).all()
+
+
+def test_weights_that_are_solved_for_have_the_same_bits_and_are_delivered(ranks, tmp_path):
+    more = [
+        "quantization=gptq", "quantization.config_list=[{op_types:[Conv2d,Linear]}]", "quantization.start=null",
+        "quantization.freeze=1.0", "train.max_steps=1",
+    ]  # fmt: skip
+    exports = "export=[safetensors,onnx]"
+    one, whole = ranks(1, delivered_run, str(tmp_path / "1"), *more, exports, timeout_s=110)[0]
+    assert whole and one["export/safetensors/max_rel_diff"] == 0.0 and one["export/onnx/num_integers"] > 200_000
+    assert len(one["rows"]) == 20
+    assert bits(ranks(2, whole_run, str(tmp_path / "2"), *more, timeout_s=110)[1]) == bits(one)
