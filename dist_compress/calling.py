@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+IGNORED = -100  # the target of a token that does not count
+
 
 def call(model: nn.Module, inputs: Any) -> Any:
     """`inputs`: a tensor, or a dict of keyword arguments."""

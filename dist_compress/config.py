@@ -18,7 +18,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dist_compress import strict
 from dist_compress.errors import UserError
-from dist_compress.schema import CheckpointConfig, LaunchConfig, LoggerConfig, QuantizationConfig
+from dist_compress.schema import (
+    CheckpointConfig,
+    DataConfig,
+    LaunchConfig,
+    LoggerConfig,
+    QuantizationConfig,
+    TaskConfig,
+)
 
 T = TypeVar("T")
 
@@ -29,30 +36,11 @@ class ModelConfig:
 
     source: str = "cifar"  # cifar | torchvision | timm | hf
     name: str = "resnet20"  # for hf: a local folder, or a model_type with kwargs as its config
+    head: str = "image_classification"  # for hf: or sequence_classification, or causal_lm
     num_classes: int | None = None  # None: as many as the data has
     weights: str | None = None  # a .safetensors file, or a torch file readable with weights_only
     kwargs: dict[str, Any] = field(default_factory=dict)
     target: dict[str, Any] | None = None  # filled from `_target_` and its siblings
-
-
-@dataclass
-class DataConfig:
-    source: str = "digits"  # digits | image_folder | cifar10 | imagenet
-    root: str | None = None
-    image_size: int = 32
-    mean: list[float] = field(default_factory=lambda: [0.5])
-    std: list[float] = field(default_factory=lambda: [0.5])
-    augment: str = "none"  # none | pad_crop | pad_crop_flip | random_resized_crop
-    in_memory: bool | None = None  # None: when the decoded set is at most 2 GiB
-    num_workers: int = 2  # decoding threads per rank when not in memory
-    target: dict[str, Any] | None = None
-
-
-@dataclass
-class TaskConfig:
-    source: str = "classification"
-    label_smoothing: float = 0.0
-    target: dict[str, Any] | None = None
 
 
 @dataclass
@@ -229,6 +217,7 @@ _AT_LEAST: dict[str, float] = {
     "distillation.store.views": 1,
     "data.image_size": 1,
     "data.num_workers": 0,
+    "data.sequence_length": 4,
     "train.max_steps": 0,
     "train.epochs": 0,
     "train.global_batch_size": 1,
@@ -257,6 +246,8 @@ _ABOVE_ZERO = (
 )  # fmt: skip
 _BELOW_ONE = ("pruning.sparse_ratio", "task.label_smoothing")  # and at least 0
 _CHOICES = {
+    "model.head": ("image_classification", "sequence_classification", "causal_lm"),
+    "distillation.teacher.model.head": ("image_classification", "sequence_classification", "causal_lm"),
     "data.augment": ("none", "pad_crop", "pad_crop_flip", "random_resized_crop"),
     "train.precision": ("fp32", "bf16"),
     "optim.schedule": ("constant", "cosine", "step"),

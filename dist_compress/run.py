@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from dist_compress import backends, comm, cost_file, distillation, export, models, pruning, quantization, speedup
-from dist_compress.config import Config, to_yaml
+from dist_compress.config import Config, ModelConfig, to_yaml
 from dist_compress.duration import duration
 from dist_compress.errors import UserError
 from dist_compress.fingerprint import tensor_fingerprints, weights_fingerprint
@@ -35,6 +35,7 @@ from dist_compress.training import checkpoint, data, determinism, task
 from dist_compress.training.batchnorm import use_sync_batchnorm
 from dist_compress.training.calibration import calibrate
 from dist_compress.training.data.split import Sample
+from dist_compress.training.data.tokenizer import check_vocabulary
 from dist_compress.training.loop import Trainer
 from dist_compress.training.schedule import run_length
 
@@ -80,6 +81,7 @@ class Job:
         self.model = self.dense_model()
         if config.model.weights is not None:
             models.load_weights(self.model, config.model.weights)
+        check_vocabulary(self.model, config.model, self.data.train, "model")
         if config.train.sync_batchnorm:
             self.model = use_sync_batchnorm(self.model)
         self.example = self.data.example(2)
@@ -115,23 +117,27 @@ class Job:
 
     def dense_model(self) -> nn.Module:
         """The model as configured, the same on every rank; the data may say how many classes it needs. Local."""
-        model = models.build(self.config.model, self.data.num_classes, self.config.seed)
-        return self.placed(model)
+        return self.placed(self.built(self.config.model))
+
+    def built(self, wanted: ModelConfig) -> nn.Module:
+        """With the classes and the vocabulary of the data. Local."""
+        return models.build(wanted, self.data.num_classes, self.config.seed, self.data.vocab_size)
 
     def teacher_model(self) -> nn.Module:
         """The network that a student learns from, with its weights, the same on every rank. Local."""
         wanted = self.config.distillation.teacher.model
-        if wanted.weights is None and wanted.target is None and wanted.source != "hf":
+        if wanted.weights is None and wanted.target is None and not models.has_weights(wanted):
             raise UserError(
                 "distillation.teacher.model.weights is not set: a teacher with random weights teaches noise. Give a "
                 "file of weights, such as model.safetensors of another run."
             )
         try:
-            model = models.build(wanted, self.data.num_classes, self.config.seed)
+            model = self.built(wanted)
         except UserError as error:
             raise UserError(f"distillation.teacher: {error}") from None
         if wanted.weights is not None:
             models.load_weights(model, wanted.weights, "distillation.teacher.model.weights")
+        check_vocabulary(model, wanted, self.data.train, "distillation.teacher.model")
         return self.placed(model)
 
     def placed(self, model: nn.Module) -> nn.Module:

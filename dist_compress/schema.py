@@ -7,6 +7,30 @@ from typing import Any
 
 
 @dataclass
+class DataConfig:
+    source: str = "digits"  # a file of training/data: digits | image_folder | cifar10 | imagenet | text_file | ...
+    root: str | None = None
+    image_size: int = 32
+    mean: list[float] = field(default_factory=lambda: [0.5])
+    std: list[float] = field(default_factory=lambda: [0.5])
+    augment: str = "none"  # none | pad_crop | pad_crop_flip | random_resized_crop
+    in_memory: bool | None = None  # None: when the decoded set is at most 2 GiB
+    num_workers: int = 2  # decoding threads per rank when not in memory
+    tokenizer: str | None = None  # of text: words, or a local folder of Hugging Face's; None: bytes
+    sequence_length: int = 128  # tokens of a sample of text
+    text_column: str = "text"  # of hf_dataset
+    label_column: str | None = None  # of hf_dataset; None: the text itself is what is learned
+    target: dict[str, Any] | None = None
+
+
+@dataclass
+class TaskConfig:
+    source: str = "classification"  # classification | causal_lm
+    label_smoothing: float = 0.0  # of classification
+    target: dict[str, Any] | None = None
+
+
+@dataclass
 class QuantizationConfig:
     method: str | None = None  # a file of quantization/methods, or a dotted path; None: no quantization
     options: dict[str, Any] = field(default_factory=dict)

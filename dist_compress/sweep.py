@@ -25,6 +25,8 @@ from dist_compress.errors import UserError
 _COLUMNS = (
     ("accuracy before", "accuracy/before", "{:.4f}"),
     ("after", "accuracy/after", "{:.4f}"),
+    ("perplexity before", "perplexity/before", "{:.4g}"),
+    ("after", "perplexity/after", "{:.4g}"),
     ("MACs before", "macs/before", "{:,}"),
     ("after", "macs/after", "{:,}"),
     ("parameters before", "params/before", "{:,}"),
@@ -97,14 +99,15 @@ def _conclude(folder: Path, points: list[dict[str, Any]]) -> int:
     """Print the table of all points. Returns 1 when one failed, naming it."""
     common = set.intersection(*(set(point["overrides"]) for point in points)) if len(points) > 1 else set()
     table = Table(title=str(folder), caption="accuracy on the held-out split; ms: median, batch 1")
-    for heading in ("point", "overrides", *(column[0] for column in _COLUMNS)):
+    files = [folder / str(point["number"]) / "summary.json" for point in points]
+    summaries = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+    columns = [c for c in _COLUMNS if not c[1].startswith("perplexity/") or any(c[1] in s for s in summaries)]
+    for heading in ("point", "overrides", *(column[0] for column in columns)):
         table.add_column(heading, overflow="fold")
     failed = []
-    for point in points:
+    for point, summary in zip(points, summaries, strict=True):
         name = " ".join(o for o in point["overrides"] if o not in common)
-        summary_file = folder / str(point["number"]) / "summary.json"
-        summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
-        values = [form.format(summary[key]) if key in summary else "-" for _, key, form in _COLUMNS]
+        values = [form.format(summary[key]) if key in summary else "-" for _, key, form in columns]
         table.add_row(str(point["number"]), name, *values)
         if point["exit_code"] != 0:
             failed.append(f"  {point['number']} ({name}): exit code {point['exit_code']}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dist_compress.calling import logits
+from dist_compress.calling import IGNORED, logits
 from dist_compress.distillation.encoding import Encoding
 from dist_compress.distillation.losses import TopK
 from dist_compress.distillation.stored import Stored, StoreTeacher
@@ -15,8 +15,6 @@ from dist_compress.distillation.term import Moment, Term
 from dist_compress.errors import UserError
 from dist_compress.method import Context
 from dist_compress.tracing.untouched import untouched
-
-IGNORED = -100  # the target of a token that does not count
 
 
 class LogitTerm(Term):

@@ -23,7 +23,7 @@ from dist_compress.fingerprint import weights_fingerprint
 
 KEY = "distillation.teacher.store"
 _PROBES = 64  # samples whose content tells two sets of data apart
-_FREE = ("root", "in_memory", "num_workers")  # keys of `data` that do not change what a model sees
+_FREE = ("root", "in_memory", "num_workers", "tokenizer")  # keys of `data` that do not change what a model sees
 
 
 @dataclass(frozen=True)

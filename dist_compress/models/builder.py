@@ -1,6 +1,6 @@
 """Models by source and name: CIFAR ResNets, torchvision, timm, Hugging Face, or a callable of the user's.
 
-A new source is one function `(config, num_classes) -> nn.Module` in `_SOURCES`. Nothing is downloaded:
+A new source is one function `(config, num_classes, vocab_size) -> nn.Module` in `_SOURCES`. Nothing is downloaded:
 pretrained weights come through `model.weights`, or with the local folder of a Hugging Face model.
 """
 
@@ -27,10 +27,11 @@ from dist_compress.models import resnet_cifar
 log = logging.getLogger(__name__)
 
 
-def build(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
+def build(config: ModelConfig, num_classes: int, seed: int, vocab_size: int | None = None) -> nn.Module:
     """The model of `config` on the CPU, in training mode, initialised from `seed`. Local.
 
-    `num_classes`: those of the data; `config.num_classes` goes before it.
+    `num_classes`: those of the data; `config.num_classes` goes before it. `vocab_size`: how many tokens the data has,
+    None if it has none; `config.kwargs.vocab_size` goes before it.
     Equal weights on every rank for an equal seed; the caller's random state is left alone. `config.weights`
     is not read here (see `load_weights`). Raises UserError for an unknown source, name or argument.
     """
@@ -45,7 +46,12 @@ def build(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
                 f"model.source={config.source!r}: no such source of models. Choose {', '.join(_SOURCES)}, "
                 "or name a callable of your own with model._target_."
             )
-        return source(config, num_classes).train()
+        return source(config, num_classes, vocab_size).train()
+
+
+def has_weights(config: ModelConfig) -> bool:
+    """Whether the model comes with weights of its own: a local folder of Hugging Face's that holds them. Local."""
+    return config.source == "hf" and any(Path(config.name).expanduser().glob("*.safetensors"))
 
 
 def describe(config: ModelConfig, model: nn.Module) -> dict[str, Any]:
@@ -61,13 +67,13 @@ def describe(config: ModelConfig, model: nn.Module) -> dict[str, Any]:
     return asdict(replace(config, weights=None))
 
 
-def _from_cifar(config: ModelConfig, num_classes: int) -> nn.Module:
+def _from_cifar(config: ModelConfig, num_classes: int, vocab_size: int | None) -> nn.Module:
     _check_name(config, [name for name, _ in inspect.getmembers(resnet_cifar, inspect.isfunction)])
     factory = getattr(resnet_cifar, config.name)
     return _call(config, lambda: factory(num_classes=num_classes, **config.kwargs))
 
 
-def _from_torchvision(config: ModelConfig, num_classes: int) -> nn.Module:
+def _from_torchvision(config: ModelConfig, num_classes: int, vocab_size: int | None) -> nn.Module:
     models = importlib.import_module("torchvision.models")
     _check_name(config, models.list_models())
     kwargs: dict[str, Any] = {"num_classes": num_classes, "weights": None, **config.kwargs}
@@ -78,14 +84,14 @@ def _from_torchvision(config: ModelConfig, num_classes: int) -> nn.Module:
     return _call(config, lambda: models.get_model(config.name, **kwargs))
 
 
-def _from_timm(config: ModelConfig, num_classes: int) -> nn.Module:
+def _from_timm(config: ModelConfig, num_classes: int, vocab_size: int | None) -> nn.Module:
     timm = _import_extra(config, "timm")
     _check_name(config, timm.list_models())
     kwargs = {"num_classes": num_classes, **config.kwargs}
     return _call(config, lambda: timm.create_model(config.name, pretrained=False, **kwargs))
 
 
-def _from_hf(config: ModelConfig, num_classes: int) -> nn.Module:
+def _from_hf(config: ModelConfig, num_classes: int, vocab_size: int | None) -> nn.Module:
     transformers = _import_extra(config, "transformers")
     folder = Path(config.name).expanduser()
     if folder.is_dir():
@@ -102,9 +108,25 @@ def _from_hf(config: ModelConfig, num_classes: int) -> nn.Module:
         raise UserError(
             f"model.kwargs: {config.name!r} has no {', '.join(unknown)}. It has: {', '.join(known)}."
         )
-    kwargs = {"num_labels": num_classes, **config.kwargs}
+    sizes = _hf_settings(config, num_classes)
+    if vocab_size is not None and hasattr(default, "vocab_size"):
+        sizes["vocab_size"] = vocab_size
+    kwargs = {**sizes, **config.kwargs}
     hf_config = _hf_call(config, lambda: transformers.AutoConfig.for_model(config.name, **kwargs))
-    return _hf_call(config, lambda: transformers.AutoModelForImageClassification.from_config(hf_config))
+    return _hf_call(config, lambda: getattr(transformers, _HEADS[config.head]).from_config(hf_config))
+
+
+_HEADS = {  # the class of transformers that builds a model with this head
+    "image_classification": "AutoModelForImageClassification",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "causal_lm": "AutoModelForCausalLM",
+}
+
+
+def _hf_settings(config: ModelConfig, num_classes: int) -> dict[str, Any]:
+    """What a configuration of transformers is told unless `model.kwargs` says otherwise. No cache of keys and values:
+    sequences are whole here, so it would be filled for nothing."""
+    return {"use_cache": False} if config.head == "causal_lm" else {"num_labels": num_classes}
 
 
 def _from_hf_folder(
@@ -115,9 +137,9 @@ def _from_hf_folder(
         raise UserError(
             f"model.name={config.name!r}: the folder has no config.json. Give one that save_pretrained wrote."
         )
-    arguments = {"num_labels": num_classes, "local_files_only": True, **config.kwargs}
+    arguments = {**_hf_settings(config, num_classes), "local_files_only": True, **config.kwargs}
     hf_config = _hf_call(config, lambda: transformers.AutoConfig.from_pretrained(folder, **arguments))
-    auto = transformers.AutoModelForImageClassification
+    auto = getattr(transformers, _HEADS[config.head])
     if not list(folder.glob("*.safetensors")):
         if list(folder.glob("pytorch_model*.bin")):
             raise UserError(
@@ -167,7 +189,7 @@ def _parameters(function: Callable[..., Any]) -> Iterable[str]:
         return ()
 
 
-_SOURCES: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
+_SOURCES: dict[str, Callable[[ModelConfig, int, int | None], nn.Module]] = {
     "cifar": _from_cifar,
     "torchvision": _from_torchvision,
     "timm": _from_timm,
@@ -213,5 +235,6 @@ def _hf_call(config: ModelConfig, factory: Callable[[], Any]) -> Any:
     except (TypeError, ValueError, OSError, KeyError) as error:
         message = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"model.name={config.name!r}: no image classifier of Hugging Face's: {message[0]}"
+            f"model.name={config.name!r}: no {config.head.replace('_', ' ')} model of Hugging Face's: "
+            f"{message[0]}"
         ) from error

@@ -106,6 +106,7 @@ _SHOWN = {
     "train/lr": "lr {:.2e}",
     "pruning/sparse_ratio": "sparsity {:.0%}",
     "eval/accuracy": "accuracy {:.2%}",
+    "eval/perplexity": "perplexity {:.4g}",
     "train/samples_per_s": "{:.0f} samples/s",
 }
 
@@ -154,6 +155,8 @@ def _checks(summary: dict[str, Any]) -> list[tuple[str, str]]:
     found = []
     if summary.get("accuracy/masked") is not None:
         found.append(("Accuracy, masked", figures.percent(summary["accuracy/masked"])))
+    if summary.get("perplexity/masked") is not None:
+        found.append(("Perplexity, masked", figures.number(summary["perplexity/masked"])))
     if summary.get("verify/max_rel_diff") is not None:
         found.append(("Masked vs shrunk, max rel. diff.", f"{summary['verify/max_rel_diff']:.2e}"))
     for key in sorted(k for k in summary if k.startswith("fingerprint/")):

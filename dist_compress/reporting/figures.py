@@ -107,6 +107,12 @@ def _accuracy(before: float, after: float) -> Figure:
     return Figure("accuracy", "Accuracy", percent(before), percent(after), change, better)
 
 
+def _perplexity(before: float, after: float) -> Figure:
+    change = f"{after / before - 1:+.1%}".replace("%", " %") if before != after else "same"
+    better = None if before == after else after < before
+    return Figure("perplexity", "Perplexity", number(before), number(after), change, better)
+
+
 def _milliseconds(value: float) -> str:
     return f"{value:.2f} ms" if value < 100 else f"{value:.0f} ms"
 
@@ -126,7 +132,7 @@ def _latencies(summary: Mapping[str, Any]) -> list[Figure]:
 
 
 def _place(key: str) -> tuple[int, str]:
-    known = ["accuracy", *_COSTS]
+    known = ["accuracy", "perplexity", *_COSTS]
     return (known.index(key), "") if key in known else (len(known), key)
 
 
@@ -168,7 +174,8 @@ def limits(summary: Mapping[str, Any]) -> list[Limit]:
 
 
 def before_after(summary: Mapping[str, Any]) -> list[Figure]:
-    """The rows of the table: accuracy, costs, latencies, then any other `<name>/before` with an `/after`."""
+    """The rows of the table: accuracy, perplexity, costs, latencies, then any other `<name>/before` with an
+    `/after`."""
     figures, others = [], []
     names = [key.removesuffix("/before") for key in summary if key.endswith("/before")]
     for key in sorted(names, key=_place):
@@ -177,6 +184,8 @@ def before_after(summary: Mapping[str, Any]) -> list[Figure]:
             continue
         if key == "accuracy":
             figures.append(_accuracy(before, after))
+        elif key == "perplexity":
+            figures.append(_perplexity(before, after))
         elif key in _COSTS:
             show = size_bytes if key == "file_bytes" else count
             figures.append(_cost(key, _COSTS[key], before, after, show, "smaller", "larger"))

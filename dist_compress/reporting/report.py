@@ -28,6 +28,7 @@ CHART = "coupling.svg"  # in the folder of a run: shown where it exists
 _CURVES = {
     "loss": ("Loss", {}),
     "accuracy": ("Accuracy", {"show": "{:.0%}".format}),
+    "perplexity": ("Perplexity", {}),
     "lr": ("Learning rate", {"from_zero": True}),
     "sparse_ratio": ("Sparse ratio", {"from_zero": True, "steps": True, "show": "{:.0%}".format}),
 }
@@ -113,10 +114,12 @@ def _subtitle(config: Row, summary: Row) -> list[str]:
 
 
 def _headlines(rows: Sequence[figures.Figure]) -> list[figures.Figure]:
-    """The four figures asked for first: accuracy, MACs, parameters, median latency of the largest batch."""
+    """The four figures asked for first: accuracy (of language models perplexity), MACs, parameters, median latency of
+    the largest batch."""
     by_key = {row.key: row for row in rows}
     medians = [row.key for row in rows if row.key.startswith("latency_ms/p50/")]
-    keys = ["accuracy", "macs", "params", *medians[-1:]]
+    quality = "perplexity" if "perplexity" in by_key else "accuracy"
+    keys = [quality, "macs", "params", *medians[-1:]]
     return [by_key[key] for key in keys if key in by_key]
 
 

@@ -27,7 +27,7 @@ def as_row(sums: dict[str, Any]) -> torch.Tensor:
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, task: Any, batch_size: int, precision: str) -> dict[str, float]:
     """{"loss": mean, and the task's metrics} over the whole split, in eval mode. Collective; the same
-    everywhere.
+    everywhere. What a task derives from the means of the whole (`finish`) is among them.
 
     Batch j goes to rank j mod N; the last one may be smaller. A rank without a batch in the last round runs a
     dummy.
@@ -49,4 +49,5 @@ def evaluate(model: nn.Module, split: Split, task: Any, batch_size: int, precisi
         rows.append(as_row({**sums, "count": task.count(batch)}))
     model.train(was_training)
     total = comm.ordered_sum(torch.stack(rows), num_batches)
-    return dict(zip(names, (total[:-1] / total[-1]).tolist(), strict=True))
+    means = dict(zip(names, (total[:-1] / total[-1]).tolist(), strict=True))
+    return getattr(task, "finish", dict)(means)

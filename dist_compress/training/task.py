@@ -1,8 +1,8 @@
 """What is learned: the loss and the metrics of a micro-batch, as sums over its samples.
 
-A user's own task (`task._target_`) is any object with the methods of `Classification`; it is built once per
-rank from its keyword arguments. Sums, because the loop divides by the count of the global batch, whatever the
-number of ranks.
+A user's own task (`task._target_`) is any object with the methods of `Classification`, and `finish` if it likes; it is
+built once per rank from its keyword arguments. Sums, because the loop divides by the count of the global batch,
+whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dist_compress.calling import logits
+from dist_compress.calling import IGNORED, logits
 from dist_compress.config import TaskConfig
 from dist_compress.errors import UserError
 from dist_compress.method import Method
 from dist_compress.training.instantiate import instantiate
 
+_LARGEST = 100.0  # loss whose perplexity is still told
 AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's side classifiers (Szegedy et al. 2014, section 5)
 
 
@@ -51,6 +52,28 @@ class Classification:
         return F.cross_entropy(values.float(), batch["targets"], reduction="sum", label_smoothing=self.label_smoothing)
 
 
+class CausalLM:
+    """Next-token cross-entropy, the accuracy of the likeliest token, and perplexity. `targets` lie at the place of the
+    logits that predict them; IGNORED ones count nowhere."""
+
+    fixed_count = False  # of a global batch: its valid tokens
+
+    def loss(self, output: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """Sum over the valid tokens, a scalar. `output`: logits [n, tokens, vocabulary], or an object with them."""
+        values, targets = logits(output).flatten(0, -2), batch["targets"].flatten()
+        return F.cross_entropy(values.float(), targets, reduction="sum", ignore_index=IGNORED)
+
+    def count(self, batch: dict[str, Any]) -> int:
+        return int((batch["targets"] != IGNORED).sum())
+
+    def metrics(self, output: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return {"accuracy": (logits(output).argmax(-1) == batch["targets"]).sum()}
+
+    def finish(self, means: dict[str, float]) -> dict[str, float]:
+        """`means`: of a whole split, over its tokens."""
+        return {**means, "perplexity": math.exp(min(means["loss"], _LARGEST))}
+
+
 def add_losses(
     task: Any, methods: Sequence[Method], step: int, batch: dict[str, Any], output: Any
 ) -> dict[str, torch.Tensor]:
@@ -75,6 +98,13 @@ def build(config: TaskConfig) -> Any:
                 "loss(output, batch), count(batch) and metrics(output, batch); see training/task.py."
             )
         return task
+    if config.source == "causal_lm":
+        if config.label_smoothing:
+            raise UserError(
+                f"task.label_smoothing={config.label_smoothing}: belongs to classification; perplexity is of the plain "
+                "loss. Set it to 0."
+            )
+        return CausalLM()
     if config.source != "classification":
-        raise UserError(f"task.source={config.source!r}: choose classification, or give task._target_.")
+        raise UserError(f"task.source={config.source!r}: choose classification or causal_lm, or give task._target_.")
     return Classification(config.label_smoothing)

@@ -131,3 +131,21 @@ def test_a_hugging_face_folder_brings_its_weights_and_a_new_head_when_classes_di
     description = ModelConfig(**describe(config, other))
     assert str(tmp_path) not in str(description)
     assert build(description, num_classes=3, seed=0).classifier.weight.shape == (3, 16)
+
+
+@pytest.mark.parametrize(("name", "head"), [("llama", "causal_lm"), ("bert", "sequence_classification")])
+def test_models_of_text_get_the_vocabulary_of_the_data_and_are_built_again(tmp_path, name, head):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ModelConfig(source="hf", name=name, head=head, kwargs=sizes)
+    model = build(config, num_classes=3, seed=0, vocab_size=31)
+    ids = torch.arange(12).view(2, 6)
+    expected = model.eval()(input_ids=ids)
+    assert expected.logits.shape == ((2, 6, 31) if head == "causal_lm" else (2, 3))
+    assert expected.get("past_key_values") is None
+    again = build(ModelConfig(**describe(config, model)), num_classes=3, seed=0)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval()(input_ids=ids).logits, expected.logits)
+    model.save_pretrained(tmp_path / "folder")
+    own = ModelConfig(source="hf", name=str(tmp_path / "folder"), head=head)
+    loaded = build(own, num_classes=3, seed=1, vocab_size=31)
+    assert torch.equal(loaded.eval()(input_ids=ids).logits, expected.logits)

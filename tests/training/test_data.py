@@ -175,7 +175,7 @@ def failure(root: str, options: dict[str, object]) -> str:
 @pytest.mark.parametrize(
     ("how", "words"),
     [("no test", "needs the folders train and test (or val)"), ("class", "Only in one of them: cat, dog"),
-     ("empty", "no images in"), ("image", "03.png cannot be read")],
+     ("empty", "nothing in"), ("image", "03.png cannot be read")],
 )  # fmt: skip
 def test_a_folder_that_will_not_do_is_told_on_every_rank(ranks, folder, how, words):
     break_folder(folder, how)

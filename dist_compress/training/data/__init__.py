@@ -1,7 +1,8 @@
 """The data of a run: a training and an evaluation split, read by sample id. A new source is one file here.
 
-A source's file has `load(config) -> (train, eval)`, each a `files.Pixels` or `files.Files`; a user's own
-(`data._target_`) is a callable that returns an object with `train` and `eval`, each a `split.Split`.
+A source's file has `load(config) -> (train, eval)`, each a `files.Pixels`, `files.Files`, `text.Documents` or
+`text.Labelled`; a user's own (`data._target_`) is a callable that returns an object with `train` and `eval`, each a
+`split.Split`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from dist_compress.training.data import augment
 from dist_compress.training.data.split import Split, Transform, Views
 from dist_compress.training.instantiate import instantiate
 
-SOURCES = ("digits", "image_folder", "cifar10", "imagenet")
+SOURCES = ("digits", "image_folder", "cifar10", "imagenet", "text_file", "text_folder", "hf_dataset")
+EMBEDDED = ("digits", "text_file", "text_folder")  # need no root
+TEXT = ("text_file", "text_folder", "hf_dataset")
 
 
 class Data:
@@ -27,6 +30,7 @@ class Data:
     def __init__(self, train: Split, eval: Split) -> None:
         self.train, self.eval = train, eval
         self.num_classes = train.num_classes
+        self.vocab_size: int | None = getattr(train, "vocab_size", None)  # of text: tokens are numbers below it
 
     def example(self, n: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) of a call of the model with the first n evaluation samples, for tracing and checks.
@@ -57,7 +61,7 @@ def build(config: DataConfig, seed: int, views: int | None = None) -> Data:
         _check(config)
         source = importlib.import_module(f"{__name__}.{config.source}")
         transform = Transform(config, seed, comm.device())
-        train, held_out = (pixels.split(config, transform) for pixels in source.load(config))
+        train, held_out = (found.split(config, transform) for found in source.load(config))
         data = Data(train, held_out)
     if views is not None:
         data.train = Views(data.train, views)
@@ -83,5 +87,7 @@ def _check(config: DataConfig) -> None:
                 f"data.{key}={values}: give one number, or three for red, green and blue"
                 f"{', above 0' if key == 'std' else ''}, for pixels in 0..1."
             )
-    if config.source != "digits" and config.root is None:
-        raise UserError(f"data.root is not set, and data.source={config.source!r} reads images: give their folder.")
+    if config.source not in EMBEDDED and config.root is None:
+        raise UserError(f"data.root is not set, and data.source={config.source!r} reads files: give their folder.")
+    if config.source in TEXT and config.augment != "none":
+        raise UserError(f"data.augment={config.augment!r}: text is not augmented. Set data.augment=none.")

@@ -64,4 +64,4 @@ class Feed:
             return self.stream.global_batch_size
         own = range(comm.rank(), self.num_micro, comm.world_size())
         counted = sum(int(task.count(self.batch(step, micro))) for micro in own)
-        return int(comm.all_reduce(torch.tensor(counted, device=comm.device())))
+        return max(int(comm.all_reduce(torch.tensor(counted, device=comm.device()))), 1)  # 1: nothing counts, all is 0
