@@ -92,6 +92,8 @@ class Job:
         self.compressors = [method for method in self.methods if method.compresses]
         self.plan: Plan | None = None
         self.coupling = Coupling()
+        if checkpoint.latest(self.run_dir) is None:
+            self.check_exports()
         self.attach()
         newest = checkpoint.latest(self.run_dir)
         phase = checkpoint.read_meta(newest)["phase"] if newest else ""
@@ -166,6 +168,11 @@ class Job:
             self.config, self.model, self.projection, self.coupling,
             length.num_micro, length.total_steps, length.steps_per_epoch, self.example, costs, self.calibrate,
         )  # fmt: skip
+
+    def check_exports(self) -> None:
+        """What cannot be exported is refused before anything is trained."""
+        targets = self.quantizer.foresee(self.model, self.example) if self.quantizer else {}
+        comm.on_rank0(lambda: export.check_ready(self.config.export, self.model, targets, self.example))
 
     def attach_quantizer(self, quantizer: quantization.Quantizer) -> None:
         """To the model in its final shape, after the other methods."""

@@ -239,7 +239,7 @@ def _outputs(output: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
     if isinstance(output, torch.Tensor):
         yield "_output_0", "_output_0", output
     else:
-        for key, value in _items(output):
+        for key, value in items(output):
             yield from _leaves(value, f"_output_{key}", f"_output_{key}")
 
 
@@ -247,11 +247,11 @@ def _leaves(value: Any, name: str, alias: str) -> Iterator[tuple[str, str, torch
     if isinstance(value, torch.Tensor):
         yield name, alias, value
     else:
-        for key, inner in _items(value):
+        for key, inner in items(value):
             yield from _leaves(inner, f"{name}.{key}", f"{alias}.{key}")
 
 
-def _items(value: Any) -> list[tuple[str, Any]]:
+def items(value: Any) -> list[tuple[str, Any]]:
     """What a container holds: (key, value); [] of anything else."""
     if isinstance(value, Mapping):  # a ModelOutput is one, and a dataclass besides
         return [(str(key), inner) for key, inner in value.items()]
@@ -270,7 +270,7 @@ def _changed(value: Any, path: list[str], fn: Function, replaces: bool) -> Any:
             raise _Absent
         return fn(value)
     key, rest = path[0], path[1:]
-    for i, (name, inner) in enumerate(_items(value)):
+    for i, (name, inner) in enumerate(items(value)):
         if name == key:
             changed = _changed(inner, rest, fn, replaces)
             return _with(value, i, changed) if replaces else None

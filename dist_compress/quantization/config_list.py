@@ -168,6 +168,15 @@ def build(setting: Setting, model: nn.Module, sites: Sites) -> FakeQuantize:
     """The quantizer of a target, on the device of the model. Local. Raises UserError."""
     kind = fake_quantize_class(setting)
     options = importlib.import_module(kind.__module__).Options
+    spec, shape = spec_of(setting, model, sites)
+    spec.granularity.check(shape, f"{setting.name}: {setting.said_by('granularity')}")
+    device = next(model.parameters()).device
+    options_key = f"{setting.sources.get('options', 'quantization')}.options"
+    return kind(spec, shape, merge(options, setting.options, options_key), device)
+
+
+def spec_of(setting: Setting, model: nn.Module, sites: Sites) -> tuple[Spec, tuple[int, ...]]:
+    """How a target is quantized, and its shape; whether blocks fit into it is not asked. Local. Raises UserError."""
     module = model.get_submodule(setting.module)
     if setting.is_activation:
         shape: tuple[int, ...] = sites.site(setting.module, setting.target).shape
@@ -175,13 +184,9 @@ def build(setting: Setting, model: nn.Module, sites: Sites) -> FakeQuantize:
         shape = tuple(model.get_parameter(setting.path).shape)
     what = f"{setting.name}: {setting.said_by('granularity')}"
     granularity = _granularity(setting, shape, type(module).__name__, what)
-    granularity.check(shape, what)
     dtype = dtypes.find(setting.quant_dtype, setting.quant_scheme, f"{setting.name}: {setting.said_by('quant_scheme')}")
     masked = setting.apply_method == "qat_clamp_round"
-    spec = Spec(dtype, setting.quant_scheme, granularity, masked, setting.is_activation)
-    device = next(model.parameters()).device
-    options_key = f"{setting.sources.get('options', 'quantization')}.options"
-    return kind(spec, shape, merge(options, setting.options, options_key), device)
+    return Spec(dtype, setting.quant_scheme, granularity, masked, setting.is_activation), shape
 
 
 def _granularity(setting: Setting, shape: tuple[int, ...], kind: str, what: str) -> Granularity:

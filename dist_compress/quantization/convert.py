@@ -1,61 +1,64 @@
-"""A delivered model in the operators of torch's export: integers in the weights, quantize and dequantize in the flow.
+"""A delivered model as export formats want it: integers in the weights, quantize and dequantize in the flow.
 
-torch.ops.quantized_decomposed is what torch.export programs of quantized models are made of, and what the ONNX exporter
-turns into QuantizeLinear and DequantizeLinear. Everything here is local; the model itself stays as it is.
+torch.ops.quantized_decomposed is what torch.export programs of quantized models are made of; granularities it has no
+operator for are plain arithmetic. Another format brings `Ops` of its own. Everything here is local; the model itself
+stays as it is.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401 - defines torch.ops.quantized_decomposed
 from torch.nn.utils import parametrize
 
-from dist_compress.errors import UserError
-from dist_compress.quantization.affine import quantize
+from dist_compress.quantization.affine import dequantize, fake_quantize, quantize
 from dist_compress.quantization.deploy import quantizers
-from dist_compress.quantization.fake_quant import FakeQuantize
-from dist_compress.quantization.granularity import PerChannel, PerTensor
+from dist_compress.quantization.fake_quant import FakeQuantize, Spec
+from dist_compress.quantization.granularity import PerChannel, PerGroup, PerTensor, PerToken, spread
 
 _OPS: Any = torch.ops.quantized_decomposed
 
 
-def check(model: nn.Module, key: str) -> None:
-    """Raise UserError, which begins with `key`, for what has no such operator. Local."""
-    for (module, target), q in quantizers(model).items():
-        what = f"{key}: {module}.{target} is quantized "
-        granularity = q.spec.granularity
-        if q.spec.dtype.is_float:
-            raise UserError(f"{what}to {q.spec.dtype.name}; only integers can be exported. Use int8 or uint8.")
-        if not isinstance(granularity, PerTensor | PerChannel) or granularity.dynamic:
-            raise UserError(
-                f"{what}with {granularity}; only per_tensor, out_channel, in_channel and per_channel can be exported."
-            )
+class Ops(Protocol):
+    """How a format says it. Both are asked once, so that what they compute then is a constant of the format."""
+
+    def parameter(self, q: FakeQuantize, integers: torch.Tensor) -> nn.Module:
+        """What makes float32 of the integers of a parameter."""
+        ...
+
+    def activation(self, q: FakeQuantize) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What quantizes an activation, float32, and dequantizes it. Tensors it needs are buffers of `q`."""
+        ...
 
 
-def convert(model: nn.Module) -> nn.Module:
-    """A copy, for inference, whose parameters with a quantizer are integers and whose activations are quantized and
-    dequantized by torch.ops.quantized_decomposed. Local."""
-    copied = copy.deepcopy(model).eval().requires_grad_(False)
-    for (name, target), q in quantizers(copied).items():
-        if q.spec.is_activation:
-            q.quantized = _Activation(q)  # type: ignore[method-assign]
-            continue
-        module = copied.get_submodule(name)
-        integers = integers_of(module.get_parameter(target), q)
-        delattr(module, target)
-        module.register_buffer(target, integers)
-        parametrize.register_parametrization(module, target, _Dequantize(q), unsafe=True)
-        delattr(module, f"quantizer_{target}")
-    return copied
+class Decomposed:
+    """torch.ops.quantized_decomposed."""
 
+    def parameter(self, q: FakeQuantize, integers: torch.Tensor) -> nn.Module:
+        return _Dequantize(q)
 
-def integers_of(parameter: torch.Tensor, q: FakeQuantize) -> torch.Tensor:
-    """What the file holds of a parameter: int8, uint8, int16 or, of a bias, int32."""
-    return quantize(parameter.detach(), *q.scales_for(parameter), q.spec.dtype)
+    def activation(self, q: FakeQuantize) -> Callable[[torch.Tensor], torch.Tensor]:
+        spec, granularity, rest = q.spec, q.spec.granularity, _rest(q.spec)
+        if isinstance(granularity, PerTensor) and not spec.dtype.is_float:
+            one = (float(q.scale), int(q.zero_point), *rest)
+            return lambda x: _OPS.dequantize_per_tensor(_OPS.quantize_per_tensor(x, *one), *one)
+
+        def quantized(x: torch.Tensor) -> torch.Tensor:
+            if isinstance(granularity, PerChannel) and not spec.dtype.is_float:
+                axis = (q.scale.flatten(), q.zero_point.flatten(), granularity.dim, *rest)
+                return _OPS.dequantize_per_channel(_OPS.quantize_per_channel(x, *axis), *axis)
+            scale, zero_point = q.scales_for(x)
+            if isinstance(granularity, PerToken) and not spec.dtype.is_float:
+                token = (scale, zero_point, *rest)
+                return _OPS.dequantize_per_token(_OPS.quantize_per_token(x, *token), *token, torch.float32)
+            return fake_quantize(x, scale, zero_point, spec.dtype)
+
+        return quantized
 
 
 class _Dequantize(nn.Module):
@@ -65,33 +68,82 @@ class _Dequantize(nn.Module):
     def __init__(self, q: FakeQuantize) -> None:
         super().__init__()
         self.spec = q.spec
-        self.register_buffer("scale", q.scale.detach().flatten())
-        self.register_buffer("zero_point", q.zero_point.detach().flatten())
+        self.register_buffer("scale", q.scale.detach())
+        self.register_buffer("zero_point", q.zero_point.detach())
+        self.one = (float(q.scale), int(q.zero_point)) if isinstance(q.spec.granularity, PerTensor) else (1.0, 0)
 
     def forward(self, integers: torch.Tensor) -> torch.Tensor:
-        dtype, granularity = self.spec.dtype, self.spec.granularity
-        rest = (dtype.quant_min, dtype.quant_max, dtype.storage)
-        if isinstance(granularity, PerChannel):
-            return _OPS.dequantize_per_channel(integers, self.scale, self.zero_point, granularity.dim, *rest)
-        return _OPS.dequantize_per_tensor(integers, float(self.scale), int(self.zero_point), *rest)
+        spec, granularity, rest = self.spec, self.spec.granularity, _rest(self.spec)
+        if not spec.dtype.is_float:  # whose operators subtract an integer, which float8 cannot
+            if isinstance(granularity, PerTensor):
+                return _OPS.dequantize_per_tensor(integers, *self.one, *rest)
+            if isinstance(granularity, PerChannel):
+                axis = (self.scale.flatten(), self.zero_point.flatten(), granularity.dim % integers.dim())
+                return _OPS.dequantize_per_channel(integers, *axis, *rest)
+            if isinstance(granularity, PerGroup) and integers.dim() == 2 and granularity.size > 1:
+                groups = (self.scale, self.zero_point, *rest, granularity.size, torch.float32)
+                return _OPS.dequantize_per_channel_group(integers, *groups)
+        scale, zero_point = (spread(t, integers.shape, granularity) for t in (self.scale, self.zero_point))
+        return dequantize(integers, scale, zero_point)
 
 
-class _Activation:
-    """Quantize, then dequantize. A storage type that holds more numbers than the dtype needs a clamp before."""
+def _rest(spec: Spec) -> tuple[int, int, torch.dtype]:
+    return spec.dtype.quant_min, spec.dtype.quant_max, spec.dtype.storage
 
-    def __init__(self, q: FakeQuantize) -> None:
-        self.spec = q.spec
-        self.scale, self.zero_point = q.scale.detach().flatten(), q.zero_point.detach().flatten()
 
-    def __call__(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-        dtype, granularity = self.spec.dtype, self.spec.granularity
-        whole = torch.iinfo(dtype.storage)
-        if (dtype.quant_min, dtype.quant_max) != (whole.min, whole.max):
-            x = torch.clamp(x, (dtype.quant_min - zero_point) * scale, (dtype.quant_max - zero_point) * scale)
-        rest = (dtype.quant_min, dtype.quant_max, dtype.storage)
-        if isinstance(granularity, PerChannel):
-            both = (self.scale, self.zero_point, granularity.dim)
-            return _OPS.dequantize_per_channel(_OPS.quantize_per_channel(x, *both, *rest), *both, *rest)
-        one = (float(self.scale), int(self.zero_point))
-        return _OPS.dequantize_per_tensor(_OPS.quantize_per_tensor(x, *one, *rest), *one, *rest)
+def convert(model: nn.Module, ops: Ops | None = None) -> nn.Module:
+    """A copy, for inference, whose parameters with a quantizer are integers and whose activations are quantized and
+    dequantized, all by `ops`. A parameter that modules share stays one. Local."""
+    ops = ops or Decomposed()
+    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    for (name, target), q in quantizers(copied).items():
+        if q.spec.is_activation:
+            q.forward = _in_dtype(ops.activation(q))  # type: ignore[method-assign]
+            continue
+        module = copied.get_submodule(name)
+        parameter = module.get_parameter(target)
+        integers = integers_of(parameter, q)
+        dequantizing = _InDtype(ops.parameter(q, integers), parameter.dtype)
+        delattr(module, f"quantizer_{target}")
+        for owner in list(copied.modules()):
+            for own, held in list(owner._parameters.items()):
+                if held is parameter:
+                    delattr(owner, own)
+                    owner.register_buffer(own, integers)
+                    parametrize.register_parametrization(owner, own, dequantizing, unsafe=True)
+    return copied
 
+
+def integers_of(parameter: torch.Tensor, q: FakeQuantize) -> torch.Tensor:
+    """What the file holds of a parameter: int8, uint8, int16, float8 or, of a bias, int32."""
+    return quantize(parameter.detach(), *q.scales_for(parameter), q.spec.dtype)
+
+
+def compare_integers(model: nn.Module, held: Callable[[str], torch.Tensor | None], key: str, where: Any) -> int:
+    """The number of integers `held` has under the names of the parameters, each of which is the fake quantizer's.
+    Local. Raises RuntimeError, which begins with `key`."""
+    count = 0
+    for (module, target), q in quantizers(model).items():
+        if q.spec.is_activation:
+            continue
+        name = f"{module}.{target}".removeprefix(".")
+        wanted, found = integers_of(model.get_parameter(name), q).cpu(), held(name)
+        if found is None or found.dtype != wanted.dtype or not torch.equal(found.float(), wanted.float()):
+            raise RuntimeError(f"{key}: the integers of {name} in {where} are not those of the run.")
+        count += wanted.numel()
+    return count
+
+
+class _InDtype(nn.Module):
+    """A parametrization whose result has the dtype of the model's parameter."""
+
+    def __init__(self, dequantize: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dequantize, self.dtype = dequantize, dtype
+
+    def forward(self, integers: torch.Tensor) -> torch.Tensor:
+        return self.dequantize(integers).to(self.dtype)
+
+
+def _in_dtype(quantized: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: quantized(x.float()).to(x.dtype)

@@ -29,9 +29,9 @@ from dist_compress.fingerprint import weights_fingerprint
 from dist_compress.method import Context, Method
 from dist_compress.quantization import cpu, fuse, preparing
 from dist_compress.quantization.config_list import build as build_quantizer
-from dist_compress.quantization.config_list import fake_quantize_class, resolve
+from dist_compress.quantization.config_list import fake_quantize_class, resolve, spec_of
 from dist_compress.quantization.deploy import install
-from dist_compress.quantization.fake_quant import FakeQuantize
+from dist_compress.quantization.fake_quant import FakeQuantize, Spec
 from dist_compress.quantization.heard import Heard
 from dist_compress.quantization.layer import Layer
 from dist_compress.quantization.observer import reduce
@@ -56,6 +56,13 @@ class Quantizer(Method):
         self.calibrating = self.begun = False
         self.rows: list[Row] = []
         self.said: list[str] = []  # by methods that changed weights
+
+    def foresee(self, model: nn.Module, example: Any) -> dict[tuple[str, str], Spec]:
+        """{(module, target): how it will be quantized}, of a model that is not in its final shape yet. Local, the same
+        on every rank. Raises UserError for what is wrong with the configuration whatever the shape."""
+        sites = Sites(model, *example)
+        settings = resolve(self.config, model, sites)
+        return {(setting.module, setting.target): spec_of(setting, model, sites)[0] for setting in settings}
 
     def attach(self, context: Context) -> None:
         """Find the targets, fuse layers with their norms, hook the quantizers in. Collective. Raises UserError."""

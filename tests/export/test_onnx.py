@@ -25,21 +25,28 @@ ALL = {"op_types": ["Conv2d", "Linear"], "target_names": ["_input_0", "weight", 
 HELD_OUT = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(8))
 
 
-def delivered(**config):
-    model = net()
-    quantizer = calibrated(model, **{"method": "ptq", **config})
+def delivered(model=None, example=EXAMPLE, **config):
+    model = model or net()
+    quantizer = calibrated(model, example, **{"method": "ptq", **config})
     quantizer.detach()
     round_biases(model)
     return model.eval()
 
 
-def test_int8_runs_and_agrees(tmp_path):
-    model = delivered(config_list=[ALL])
-    format.export(tmp_path, model, None, Config(), ((EXAMPLE,), {}))
-    found = format.check(tmp_path, model, ((HELD_OUT,), {}))
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(folder, model) of an int8 net."""
+    folder, model = tmp_path_factory.mktemp("onnx"), delivered(config_list=[ALL])
+    format.export(folder, model, None, Config(), ((EXAMPLE,), {}))
+    return folder, model
+
+
+def test_int8_runs_and_agrees(exported):
+    folder, model = exported
+    found = format.check(folder, model, ((HELD_OUT,), {}))
     assert found["max_diff"] <= 2 and found["top1_agreement"] == 1.0  # 2 / 255 of the range of the outputs
     assert found["num_integers"] == 162 + 6 + 162 + 6 + 24 + 4
-    graph = onnx.load(tmp_path / "model.onnx").graph
+    graph = onnx.load(folder / "model.onnx").graph
     kinds = [node.op_type for node in graph.node]
     assert kinds.count("QuantizeLinear") == 6 and kinds.count("DequantizeLinear") == 6 + 3 + 3
     held = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
@@ -65,30 +72,90 @@ def test_a_float_model_can_be_exported(tmp_path):
     assert format.check(tmp_path, model, ((HELD_OUT,), {}))["max_rel_diff"] < 1e-5
 
 
-def test_a_file_of_another_model_does_not_ship(tmp_path):
-    model = delivered()
-    format.export(tmp_path, model, None, Config(), ((EXAMPLE,), {}))
+def test_a_file_of_another_model_does_not_ship(exported):
+    folder, model = exported[0], delivered(config_list=[ALL])
     with torch.no_grad():
         model.linear.weight[0, 0] += model.linear.quantizer_weight.scale[0, 0]
     with pytest.raises(RuntimeError, match="integers of linear.weight"):
-        format.check(tmp_path, model, ((HELD_OUT,), {}))
+        format.check(folder, model, ((HELD_OUT,), {}))
     with torch.no_grad():
         model.linear.weight.neg_()
     with pytest.raises(RuntimeError, match="must not ship"):
-        format.check(tmp_path, model, ((HELD_OUT,), {}))
+        format.check(folder, model, ((HELD_OUT,), {}))
 
 
-@pytest.mark.parametrize(
-    ("entry", "said"),
-    [
-        ({"op_types": ["Linear"], "quant_dtype": "fp8_e4m3"}, "only integers can be exported"),
-        ({"op_types": ["Linear"], "target_names": ["_input_0"], "granularity": "per_token"}, "PerToken"),
-        ({"op_types": ["Linear"], "target_names": ["weight"], "granularity": "per_group(3)"}, "PerGroup"),
+KINDS = {
+    "floats, blocks, groups": [
+        {"op_names": ["conv1"], "target_names": ["_input_0", "weight", "_output_0"], "quant_dtype": "fp8_e5m2"},
+        {"op_names": ["conv2"], "target_names": ["weight"], "granularity": [1, 1, 3, 3]},
+        {
+            "op_names": ["linear"],
+            "target_settings": {"_input_0": {"granularity": "per_group(3)"}, "weight": {"granularity": "in_channel"}},
+        },
     ],
-)
-def test_what_onnx_cannot_hold_is_said(tmp_path, entry, said):
-    with pytest.raises(UserError, match=said):
-        format.export(tmp_path, delivered(config_list=[entry]), None, Config(), ((EXAMPLE,), {}))
+    "16 bits, 4 bits, tokens": [
+        {"op_names": ["conv1", "conv2"], "target_names": ["_input_0", "weight", "_output_0"], "quant_dtype": "int16"},
+        {
+            "op_names": ["linear"],
+            "target_settings": {
+                "_input_0": {"granularity": "per_token"},
+                "weight": {"quant_dtype": "uint4", "quant_scheme": "affine", "granularity": "per_group(3)"},
+            },
+        },
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_scale_and_number(tmp_path, kind):
+    model = delivered(config_list=KINDS[kind])
+    format.export(tmp_path, model, None, Config(), ((EXAMPLE,), {}))
+    found = format.check(tmp_path, model, ((HELD_OUT * 1.5,), {}))
+    assert found["max_diff"] < 0.1 and found["top1_agreement"] == 1.0  # no value on a tie here
+    assert found["num_integers"] >= 162 + 162 + 24
+    held = {t.name: t for t in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    if kind.startswith("16"):
+        assert held["conv1.weight"].data_type == onnx.TensorProto.INT16
+        assert held["linear.weight"].data_type == onnx.TensorProto.UINT4 and len(held["linear.weight"].raw_data) == 12
+    else:
+        assert held["conv1.weight"].data_type == onnx.TensorProto.FLOAT8E5M2
+
+
+class Tokens(torch.nn.Module):
+    """Embedded tokens, two linear layers without bias, of which the second shares the table."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.inner = torch.nn.Embedding(24, 32), torch.nn.Linear(32, 32, bias=False)
+        self.head = torch.nn.Linear(32, 24, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return {"logits": self.head(torch.relu(self.inner(self.embed(ids)))), "cache": [None]}
+
+
+def test_tokens_of_any_number_and_tied_weights(tmp_path):
+    """Integers of a shared table are there once."""
+    kind = {"quant_dtype": "int4", "granularity": "per_group(16)"}
+    entry = {"op_types": ["Linear"], "target_names": ["weight"], **kind}
+    ids = torch.arange(10).view(2, 5)
+    model = delivered(Tokens(), ids, config_list=[entry])
+    format.export(tmp_path, model, None, Config(), ((ids,), {}))
+    assert format.check(tmp_path, model, ((torch.arange(21).view(3, 7),), {}))["num_integers"] == 24 * 32 + 32 * 32
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    held = {t.name: list(t.dims) for t in graph.initializer if t.data_type == onnx.TensorProto.INT4}
+    assert sorted(held) == ["head.weight", "inner.weight_t"]
+    assert [o.name for o in graph.output] == ["logits"]
+
+
+def test_a_model_that_cannot_be_traced_is_refused_before_training():
+    class Branching(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    with pytest.raises(UserError, match=r"export=\[onnx\]: torch.export cannot trace Branching"):
+        format.ready(Branching(4, 4), {}, ((torch.randn(2, 4),), {}))
 
 
 def test_quantize_is_onnx_runtimes_but_for_ties():

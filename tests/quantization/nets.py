@@ -58,14 +58,15 @@ def attached(model: nn.Module, example: torch.Tensor = EXAMPLE, num_micro: int =
 
 
 def calibrated(model: nn.Module, example: torch.Tensor = EXAMPLE, steps: int = 2, **config: Any) -> Quantizer:
-    """After `steps` steps of calibration on random batches like the example, on this rank alone."""
+    """After `steps` steps of calibration on random batches like the example (tokens: on it), on this rank alone."""
     quantizer = attached(model, example, **config)
     generator = torch.Generator().manual_seed(7)
     quantizer.calibrating = True
     model.eval()
     with torch.no_grad():
         for _ in range(steps):
-            model(torch.randn(4, *example.shape[1:], generator=generator))
+            noise = torch.randn(4, *example.shape[1:], generator=generator)
+            model(noise if example.is_floating_point() else example)
             quantizer.count_pass()
             quantizer.end_step()
     quantizer.calibrating = False
