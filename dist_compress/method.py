@@ -94,6 +94,10 @@ class Method:
         no part of a plan that others apply. Local."""
         return []
 
+    def undecayed(self) -> list[str]:
+        """Names of the parameters that the method has put into the model and that weight decay would harm. Local."""
+        return []
+
     def results(self) -> dict[str, Any]:
         """For the report, after the last decision: JSON-like."""
         return {}

@@ -290,6 +290,12 @@ class Quantizer(Method):
         bad = sum(int(q.observer.counts[1]) for q in self.activations.values() if q.observer is not None)
         return {"quantization/num_not_finite": float(bad)}
 
+    def undecayed(self) -> list[str]:
+        """Learned scales: nothing but the loss may pull them."""
+        quantizers = {id(q) for q in self._all().values()}
+        modules = [(path, m) for path, m in self.context.model.named_modules() if id(m) in quantizers]
+        return [f"{path}.{name}" for path, m in modules for name in m._parameters]
+
     def results(self) -> dict[str, Any]:
         return {"quantization": self.rows, "fingerprint/scales": self.fingerprint()}
 

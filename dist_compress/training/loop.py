@@ -58,7 +58,7 @@ class Trainer:
     def _build(self) -> None:
         self.names = optim.trained(self.model)
         self.module = self.backend.wrap(self.model)
-        self.optimizer = optim.build(self.config.optim, self.names)
+        self.optimizer = optim.build(self.config.optim, self.names, [n for m in self.methods for n in m.undecayed()])
         self.norms = BatchNormTracker(self.model)
 
     def rebuild(self, transform: optim.Transform) -> None:

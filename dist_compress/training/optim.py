@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -27,9 +27,9 @@ State = dict[str, dict[str, Any]]
 Transform = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
-def build(config: OptimConfig, names: Names) -> torch.optim.Optimizer:
-    """An optimizer of these parameters. Raises UserError for an unknown or refused name and for arguments
-    the optimizer does not take. Local."""
+def build(config: OptimConfig, names: Names, undecayed: Collection[str] = ()) -> torch.optim.Optimizer:
+    """An optimizer of these parameters, without weight decay on those named `undecayed`. Raises UserError for an
+    unknown or refused name and for arguments the optimizer does not take. Local."""
     optimizers = {
         name: value
         for name, value in vars(torch.optim).items()
@@ -52,8 +52,13 @@ def build(config: OptimConfig, names: Names) -> torch.optim.Optimizer:
         kwargs["weight_decay"] = config.weight_decay
     elif config.weight_decay:
         raise UserError(f"optim.weight_decay={config.weight_decay}: {config.name} has none. Set it to 0.")
+    groups: list[dict[str, Any]] = [{"params": [p for p, name in names.items() if name not in undecayed]}]
+    if config.weight_decay and len(groups[0]["params"]) < len(names):
+        groups.append({"params": [p for p, name in names.items() if name in undecayed], "weight_decay": 0.0})
+    else:
+        groups = [{"params": list(names)}]
     try:
-        return optimizers[config.name](list(names), **kwargs)
+        return optimizers[config.name](groups, **kwargs)
     except (ValueError, TypeError) as error:
         raise UserError(f"optim ({config.name}, {kwargs}): {error}") from None
 
@@ -86,7 +91,8 @@ def _is_moment(value: Any) -> bool:
 def load_by_name(optimizer: torch.optim.Optimizer, names: Names, state: State) -> None:
     """Put a saved (or sliced) state into a new optimizer. Local. Every name and shape must fit."""
     packed = optimizer.state_dict()
-    index = {name: i for i, name in enumerate(names.values())}  # the order they were given in
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    index = {names[p]: i for i, p in enumerate(order)}
     packed["state"] = {index[name]: values for name, values in state.items()}
     optimizer.load_state_dict(packed)  # casts to each parameter's device and dtype
 

@@ -35,6 +35,26 @@ def test_the_state_comes_back_by_name(name, kwargs):
             assert torch.equal(torch.as_tensor(again[parameter][key]), torch.as_tensor(value))
 
 
+def test_what_is_not_to_decay_does_not_and_its_state_comes_back_too():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    names = optim.trained(model)
+    config = OptimConfig(name="SGD", lr=0.5, weight_decay=0.1, kwargs={"momentum": 0.9})
+    optimizer = optim.build(config, names, {"0.weight"})
+    before = {name: p.detach().clone() for p, name in names.items()}
+    for p in names:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, name in names.items():
+        torch.testing.assert_close(p.detach(), before[name] * (1.0 if name == "0.weight" else 0.95))
+    state = optim.state_by_name(optimizer, names)
+    fresh = optim.build(config, names, {"0.weight"})  # its groups are in another order than the model
+    optim.load_by_name(fresh, names, state)
+    for name, values in optim.state_by_name(fresh, names).items():
+        assert torch.equal(values["momentum_buffer"], state[name]["momentum_buffer"])
+    with_all = optim.build(OptimConfig(name="Rprop"), names, {"0.weight"})  # has no weight decay at all
+    assert len(with_all.param_groups) == 1
+
+
 def test_moments_are_transformed_and_counters_are_not():
     model, optimizer = trained_model("AdamW")
     state = optim.state_by_name(optimizer, optim.trained(model))

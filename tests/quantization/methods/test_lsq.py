@@ -86,6 +86,7 @@ def test_a_scale_is_a_parameter_that_trains():
     quantizer = calibrated(model, method="lsq", config_list=LIST)
     names = [name for name, _ in model.named_parameters() if name.endswith("scale")]
     assert len(names) == 6
+    assert sorted(names) == sorted(quantizer.undecayed())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     before = {name: model.get_parameter(name).detach().clone() for name in names}
     model.train()
