@@ -116,15 +116,21 @@ def load(noun: str, key: str, name: str, folder: str = "methods") -> ModuleType:
     """
     package = importlib.import_module(f"dist_compress.{noun}.{folder}")
     choices = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
-    path = f"{package.__name__}.{name}" if name in choices else name
-    if path == name and "." not in name:
+    if name in choices:
+        return importlib.import_module(f"{package.__name__}.{name}")
+    if "." not in name:
         raise UserError(f"{key}={name!r}: no such method. Available: {', '.join(choices)}, or a dotted path.")
+    return import_file(name, key, f"Available: {', '.join(choices)}")
+
+
+def import_file(path: str, key: str, available: str) -> ModuleType:
+    """The user's module of that dotted path. Local. Raises UserError naming `key` and what is `available`."""
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name and (path == error.name or path.startswith(error.name + ".")):
             raise UserError(
-                f"{key}={name!r}: cannot import {path!r} ({error}). Available: {', '.join(choices)}, "
+                f"{key}={path!r}: cannot import {path!r} ({error}). {available}, "
                 "or the dotted path of a module on PYTHONPATH."
             ) from None
         raise

@@ -36,6 +36,12 @@ NUM_CHECKED = agreement.NUM_CHECKED
 
 def ready(model: nn.Module, targets: Mapping[tuple[str, str], Spec], example: Any) -> None:
     """Raise UserError unless the libraries are there and the float model can be exported. Rank 0 only."""
+    for (module, target), spec in targets.items():
+        if spec.is_activation and spec.dtype.is_binary:
+            raise UserError(
+                f"{KEY}: {module}.{target} is quantized to binary, and no operator of ONNX takes the sign of an "
+                "activation. Choose another quant_dtype for it, or leave the format out."
+            )
     with tempfile.TemporaryDirectory() as folder:
         export(folder, model, None, Config(), example)
         session(Path(folder) / FILE)
@@ -68,7 +74,7 @@ def export(run_dir: str | Path, model: nn.Module, plan: Plan | None, config: Con
 
 def bits(spec: Spec) -> int:
     """That numbers of a dtype need."""
-    levels = spec.dtype.num_levels - 1
+    levels = spec.dtype.quant_max - spec.dtype.quant_min
     return onnx_file.WIDE if spec.dtype.is_float or 2**8 <= levels < 2**16 else levels.bit_length()
 
 

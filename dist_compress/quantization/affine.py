@@ -44,6 +44,8 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dty
     """What is stored: `dtype.storage`, the shape of `x`."""
     if dtype.is_float:
         return (x.float() * (1.0 / scale)).clamp(dtype.quant_min, dtype.quant_max).to(dtype.storage)
+    if dtype.is_binary:  # the sign; that of zero is +1
+        return torch.where(x >= 0, 1, -1).to(dtype.storage)
     return _levels(x, scale, zero_point, dtype).to(dtype.storage)
 
 
@@ -54,14 +56,14 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -
 
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dtype: QuantDtype) -> torch.Tensor:
     """`dequantize(quantize(x))` in the dtype of `x`."""
-    if dtype.is_float:
+    if not dtype.is_integer:
         return (quantize(x, scale, zero_point, dtype).float() * scale).to(x.dtype)
     return _scaled(_clip(_rounded(x, scale), zero_point, dtype), scale).to(x.dtype)
 
 
 def in_range(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dtype: QuantDtype) -> torch.Tensor:
     """bool, the shape of `x`: what is rounded, not clipped."""
-    if dtype.is_float:
+    if not dtype.is_integer:
         return x.float().abs() <= dtype.quant_max * scale
     rounded = _rounded(x, scale)
     return _clip(rounded, zero_point, dtype) == rounded
@@ -91,7 +93,7 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, scale, zero_point, dtype, masked):  # type: ignore[no-untyped-def]
         ctx.masked = masked
-        if not masked or dtype.is_float:
+        if not masked or not dtype.is_integer:
             if masked:
                 ctx.save_for_backward(in_range(x, scale, zero_point, dtype))
             return fake_quantize(x, scale, zero_point, dtype)

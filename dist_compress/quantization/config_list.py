@@ -21,7 +21,7 @@ from dist_compress.config_list import Entry, Noun, in_model_order
 from dist_compress.config_list import merge as merge_entries
 from dist_compress.errors import UserError
 from dist_compress.functions import Call
-from dist_compress.quantization import dtypes
+from dist_compress.quantization import apply_method, dtypes
 from dist_compress.quantization.fake_quant import FakeQuantize, Spec
 from dist_compress.quantization.granularity import (
     Granularity,
@@ -37,13 +37,13 @@ from dist_compress.sites import Sites
 
 LAYERS = tuple(f"{kind}{n}d" for kind in ("Conv", "ConvTranspose") for n in (1, 2, 3)) + ("Linear", "Conv1D")
 NAMES = ("default", "per_tensor", "per_channel", "out_channel", "in_channel", "per_token")
-APPLY = ("default", "clamp_round", "qat_clamp_round")
+APPLY = ("default", *apply_method.GIVEN)
 
 
 class _Quantization(Noun[Setting]):
     setting = Setting
     takes_back = ("quant_dtype", "quant_scheme", "granularity", "apply_method", "fuse_names")
-    belongs = {"method": "options"}
+    belongs = {"method": "options", "apply_method": "apply_options"}
     method: str | None = None  # of targets for which no entry names one
 
     def values(self, given: dict[str, Any], where: str) -> dict[str, Any]:
@@ -55,13 +55,16 @@ class _Quantization(Noun[Setting]):
                 _check_granularity(value, path)
             elif key == "fuse_names":
                 _check_fuse_names(value, path)
-            elif key == "options":
+            elif key in ("options", "apply_options"):
                 if not isinstance(value, dict):
-                    raise UserError(f"{path}={value!r} must be a mapping of the method's options.")
+                    whose = "method" if key == "options" else "apply_method"
+                    raise UserError(f"{path}={value!r} must be a mapping of the options of the {whose}.")
             elif not isinstance(value, str):
                 raise UserError(f"{path}={value!r} must be a name, such as int8 for quant_dtype.")
-            elif key == "apply_method" and value not in APPLY:
-                raise UserError(f"{path}={value!r}: no such choice. Available: {', '.join(APPLY)}.")
+            elif key == "apply_method" and value not in APPLY and "." not in value:
+                raise UserError(
+                    f"{path}={value!r}: no such choice. Available: {', '.join(APPLY)}, or the dotted path of a file."
+                )
             elif key == "quant_dtype" and value not in (*dtypes.DTYPES, "default"):
                 raise UserError(f"{path}={value!r}: no such choice. Available: {', '.join(dtypes.DTYPES)}.")
             elif key == "quant_scheme" and value not in (*dtypes.SCHEMES, "default"):
@@ -122,16 +125,21 @@ def _settle(setting: Setting, config: QuantizationConfig) -> None:
             )
         setting.method, setting.options = config.method, {**config.options, **setting.options}
     kind = fake_quantize_class(setting)
+    if setting.fuse_names and not kind.folds:
+        raise UserError(
+            f"{setting.name}: {setting.said_by('fuse_names')}, but {setting.said_by('method')} quantizes the weight as "
+            "it is, beside its norm. Leave fuse_names out."
+        )
     if setting.is_activation and not kind.activations:
         raise UserError(
             f"{setting.name}: {setting.said_by('method')} is for parameters only. Leave {setting.target} out of "
             f"{setting.sources['']}, or give it a method of its own in target_settings."
         )
     if setting.quant_dtype == "default":
-        setting.quant_dtype = "uint8" if setting.is_activation else "int8"
+        setting.quant_dtype = kind.activation_dtype if setting.is_activation else kind.weight_dtype
     dtype = dtypes.DTYPES[setting.quant_dtype]
     if setting.quant_scheme == "default":
-        if dtype.is_float:
+        if not dtype.is_integer:
             setting.quant_scheme = "symmetric"
         elif setting.is_activation or not dtype.is_signed:
             setting.quant_scheme = "affine"
@@ -139,8 +147,13 @@ def _settle(setting: Setting, config: QuantizationConfig) -> None:
             setting.quant_scheme = kind.weight_scheme
     if setting.apply_method == "default":
         setting.apply_method = kind.apply_method
+    elif kind.apply_method not in APPLY:
+        raise UserError(
+            f"{setting.name}: {setting.said_by('apply_method')}, but {setting.said_by('method')} has a rule of its "
+            f"own, {kind.apply_method}. Leave apply_method out, or choose qat."
+        )
     if setting.granularity == "default":
-        setting.granularity = "per_tensor" if setting.is_activation else "out_channel"
+        setting.granularity = "per_tensor" if setting.is_activation else kind.weight_granularity
 
 
 def fake_quantize_class(setting: Setting) -> type[FakeQuantize]:
@@ -177,7 +190,7 @@ def build(setting: Setting, model: nn.Module, sites: Sites) -> FakeQuantize:
 
 def spec_of(setting: Setting, model: nn.Module, sites: Sites) -> tuple[Spec, tuple[int, ...]]:
     """How a target is quantized, and its shape; whether blocks fit into it is not asked. Local. Raises UserError."""
-    module = model.get_submodule(setting.module)
+    kind, module = fake_quantize_class(setting), model.get_submodule(setting.module)
     if setting.is_activation:
         shape: tuple[int, ...] = sites.site(setting.module, setting.target).shape
     else:
@@ -185,8 +198,17 @@ def spec_of(setting: Setting, model: nn.Module, sites: Sites) -> tuple[Spec, tup
     what = f"{setting.name}: {setting.said_by('granularity')}"
     granularity = _granularity(setting, shape, type(module).__name__, what)
     dtype = dtypes.find(setting.quant_dtype, setting.quant_scheme, f"{setting.name}: {setting.said_by('quant_scheme')}")
+    if dtype.is_binary and not kind.binary:
+        raise UserError(
+            f"{setting.name}: {setting.said_by('quant_dtype')} with {setting.said_by('method')}: two signs have no "
+            "range to be found. Choose method: bnn (or dorefa, for weights), or an integer such as int2."
+        )
     masked = setting.apply_method == "qat_clamp_round"
-    return Spec(dtype, setting.quant_scheme, granularity, masked, setting.is_activation), shape
+    own = None
+    if kind.apply_method in APPLY:
+        place = setting.sources.get("apply_method", setting.sources[""])
+        own = apply_method.find(setting.apply_method, setting.apply_options, dtype, place)
+    return Spec(dtype, setting.quant_scheme, granularity, masked, setting.is_activation, own), shape
 
 
 def _granularity(setting: Setting, shape: tuple[int, ...], kind: str, what: str) -> Granularity:

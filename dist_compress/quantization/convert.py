@@ -44,16 +44,16 @@ class Decomposed:
 
     def activation(self, q: FakeQuantize) -> Callable[[torch.Tensor], torch.Tensor]:
         spec, granularity, rest = q.spec, q.spec.granularity, _rest(q.spec)
-        if isinstance(granularity, PerTensor) and not spec.dtype.is_float:
+        if isinstance(granularity, PerTensor) and spec.dtype.is_integer:
             one = (float(q.scale), int(q.zero_point), *rest)
             return lambda x: _OPS.dequantize_per_tensor(_OPS.quantize_per_tensor(x, *one), *one)
 
         def quantized(x: torch.Tensor) -> torch.Tensor:
-            if isinstance(granularity, PerChannel) and not spec.dtype.is_float:
+            if isinstance(granularity, PerChannel) and spec.dtype.is_integer:
                 axis = (q.scale.flatten(), q.zero_point.flatten(), granularity.dim, *rest)
                 return _OPS.dequantize_per_channel(_OPS.quantize_per_channel(x, *axis), *axis)
             scale, zero_point = q.scales_for(x)
-            if isinstance(granularity, PerToken) and not spec.dtype.is_float:
+            if isinstance(granularity, PerToken) and spec.dtype.is_integer:
                 token = (scale, zero_point, *rest)
                 return _OPS.dequantize_per_token(_OPS.quantize_per_token(x, *token), *token, torch.float32)
             return fake_quantize(x, scale, zero_point, spec.dtype)

@@ -62,7 +62,7 @@ def round_biases(model: nn.Module) -> None:
             continue
         dim = 1 if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) else 0
         by_channel = isinstance(weight.spec.granularity, PerTensor) or weight.spec.granularity == PerChannel(dim)
-        integers = not (source.spec.dtype.is_float or weight.spec.dtype.is_float)
+        integers = source.spec.dtype.is_integer and weight.spec.dtype.is_integer
         if not (by_channel and integers and isinstance(source.spec.granularity, PerTensor)):
             continue
         scale = (source.scale * weight.scale.flatten()).expand(layer.bias.shape).contiguous()

@@ -1,7 +1,8 @@
-"""The numbers a tensor is quantized to: integers of 2 to 8 and 16 bits, 8-bit floats.
+"""The numbers a tensor is quantized to: integers of 2 to 8 and 16 bits, 8-bit floats, and the two signs.
 
 Integers have an inclusive range [quant_min, quant_max]; narrow ones are stored in int8 or uint8. The 8-bit floats are
 those of Micikevicius et al. 2022, arXiv:2209.05433 (OCP FP8): e4m3 without infinities, e5m2 as IEEE would have it.
+Of `binary` (Courbariaux et al. 2016, arXiv:1602.02830) -1 and +1 are all there is, so nothing is zero; int8 holds them.
 """
 
 from __future__ import annotations
@@ -27,12 +28,21 @@ class QuantDtype:
         return self.storage.is_floating_point
 
     @property
+    def is_binary(self) -> bool:
+        return self.name == "binary"
+
+    @property
+    def is_integer(self) -> bool:
+        """Whole numbers in a row: rounded and clipped, zero among them."""
+        return not (self.is_float or self.is_binary)
+
+    @property
     def is_signed(self) -> bool:
         return self.quant_min < 0
 
     @property
     def num_levels(self) -> int:
-        return self.quant_max - self.quant_min + 1
+        return 2 if self.is_binary else self.quant_max - self.quant_min + 1
 
 
 def _integers() -> dict[str, QuantDtype]:
@@ -47,6 +57,7 @@ def _integers() -> dict[str, QuantDtype]:
 
 DTYPES: dict[str, QuantDtype] = {
     **_integers(),
+    "binary": QuantDtype("binary", -1, 1, torch.int8),
     "fp8_e4m3": QuantDtype("fp8_e4m3", -448, 448, torch.float8_e4m3fn),
     "fp8_e5m2": QuantDtype("fp8_e5m2", -57344, 57344, torch.float8_e5m2),
 }
@@ -62,9 +73,9 @@ def find(name: str, scheme: str, key: str) -> QuantDtype:
     if scheme not in SCHEMES:
         raise UserError(f"{key}: quant_scheme={scheme!r} is none of {', '.join(SCHEMES)}.")
     dtype = DTYPES[name]
-    if dtype.is_float and scheme != "symmetric":
+    if not dtype.is_integer and scheme != "symmetric":
         raise UserError(
-            f"{key}: quant_scheme={scheme!r} with quant_dtype={name!r}: floats have no zero point and a range that is "
+            f"{key}: quant_scheme={scheme!r} with quant_dtype={name!r}, which has no zero point and a range that is "
             "symmetric already. Use quant_scheme: symmetric."
         )
     if scheme == "symmetric_restricted":

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from dist_compress.errors import UserError
-from dist_compress.quantization.affine import fake_quantize, in_range, qparams, simulate
+from dist_compress.quantization.affine import EPS, fake_quantize, in_range, qparams, simulate
+from dist_compress.quantization.apply_method import Own
 from dist_compress.quantization.dtypes import QuantDtype
 from dist_compress.quantization.granularity import Granularity, extent, rows, spread
 from dist_compress.quantization.observer import Measured, Observer
@@ -32,6 +33,7 @@ class Spec:
     granularity: Granularity
     masked: bool  # the gradient stops where a value is clipped: qat_clamp_round
     is_activation: bool
+    own: Own | None = None  # a rule of the user's, instead of both
 
 
 class FakeQuantize(nn.Module):
@@ -40,8 +42,12 @@ class FakeQuantize(nn.Module):
     trains = True  # the model is trained with it; False: it is put on when training is over
     refits = True  # the range of a parameter is taken from it again at every step
     activations = True  # False: only parameters can be its targets
-    weight_scheme = "symmetric_restricted"  # what quant_scheme: default means for a signed dtype
-    apply_method = "qat_clamp_round"  # what apply_method: default means
+    folds = True  # the weight is quantized as it is when the norm behind it is folded
+    binary = False  # quant_dtype: binary is possible
+    # What "default" means: for parameters (the scheme: those of a signed dtype), for activations, for both.
+    weight_dtype, weight_scheme, weight_granularity = "int8", "symmetric_restricted", "out_channel"
+    activation_dtype = "uint8"
+    apply_method = "qat_clamp_round"  # another name than those of config_list.APPLY: a rule of the method's own
 
     scale: torch.Tensor
     zero_point: torch.Tensor
@@ -59,10 +65,11 @@ class FakeQuantize(nn.Module):
         self.enabled = False  # what comes out is quantized
         self.hearing = False  # what comes in is observed
         self.measured: list[Measured] = []  # by this forward pass, not yet counted
+        self.cut_off = 0.0  # the smallest value of the calibration, where it is negative and the method has only others
         self.watch: Callable[[torch.Tensor, torch.Tensor], None] | None = None  # is shown (before, after)
 
-    def new_observer(self, shape: Sequence[int], device: torch.device | str) -> Observer:
-        """The observer of an activation."""
+    def new_observer(self, shape: Sequence[int], device: torch.device | str) -> Observer | None:
+        """The observer of an activation; None: its scale is known without."""
         return Observer(self.spec.granularity, shape, device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -86,6 +93,8 @@ class FakeQuantize(nn.Module):
 
     def quantized(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
         """Fake-quantized, with the gradient of the method."""
+        if self.spec.own is not None:
+            return self.spec.own(x, scale, zero_point, self.spec.dtype)
         return simulate(x, scale, zero_point, self.spec.dtype, self.spec.masked)
 
     def set_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
@@ -105,6 +114,21 @@ class FakeQuantize(nn.Module):
         if self.observer is not None:
             self.set_range(*self.observer.range())
 
+    def before_step(self) -> None:
+        """The gradients are reduced: add to those of what is learned for an activation. Local, the same on every
+        rank."""
+
+    def stepped(self, latent: torch.Tensor | None) -> None:
+        """The optimizer has made a step: bring what depends on it in line. `latent`: of a parameter, live. Local."""
+
+    def finish(self) -> None:
+        """No step follows: scale and zero point are buffers from here on, and nothing is learned. Local."""
+        for name in list(self._parameters):
+            value = self._parameters.pop(name)
+            if name == "scale" and value is not None:
+                self.register_buffer("scale", value.detach().clamp(min=EPS))
+        self.observer, self.hearing = None, False
+
     def fit(self, weight: torch.Tensor) -> None:
         """Take the range of a parameter from it, before it is compressed. Local."""
         self.set_range(*extent(weight.detach().float(), self.spec.granularity))
@@ -112,12 +136,15 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def compress(self, weight: torch.Tensor) -> torch.Tensor:
         """A parameter as the model sees it, of the same shape and dtype, with scale and zero point as they are."""
-        return fake_quantize(weight, *self.scales_for(weight), self.spec.dtype)
+        apply = self.spec.own or fake_quantize
+        return apply(weight, *self.scales_for(weight), self.spec.dtype)
 
     @torch.no_grad()
     def weight_gradient(self, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """From the reduced gradient with respect to what `compress(weight)` gave, that with respect to `weight`; the
         same on every rank. Learned scales get theirs here."""
+        if self.spec.own is not None:
+            return self.spec.own.gradient(weight, *self.scales_for(weight), self.spec.dtype, grad)
         if not self.spec.masked or self.refits:  # a range that is the weight's own clips nothing
             return grad
         return grad * in_range(weight, *self.scales_for(weight), self.spec.dtype)

@@ -75,7 +75,7 @@ class Quantizer(Method):
             self.reduced = comm.on_rank0(cpu.needs_reduced_range) and "onnx" in context.config.export
         self.settings = resolve(self.config, model, sites, self.reduced)
         self._check_methods()
-        layers = [s.module for s in self.settings if s.target == "weight"]
+        layers = [s.module for s in self.settings if s.target == "weight" and fake_quantize_class(s).folds]
         wanted = [names for s in self.settings for names in s.fuse_names]
         fused = comm.on_rank0(lambda: fuse.find(sites, layers, wanted))
         self.fused = {f.layer: f for f in fused}
@@ -187,7 +187,14 @@ class Quantizer(Method):
 
     def begin(self) -> None:
         """The calibration is over: quantize from here on. Collective. Raises UserError where nothing, or nothing
-        finite, was seen."""
+        finite, was seen, and for pruned weights of a dtype without a zero."""
+        masked = self.context.projection.masks()
+        for path, quantizer in self.parameters.items():
+            if quantizer.spec.dtype.is_binary and self.context.projection.owner(path) in masked:
+                raise UserError(
+                    f"{path}: quant_dtype=binary has no zero for its pruned weights. Prune channels that are shrunk "
+                    "away, exclude it from pruning, or choose another dtype such as int2."
+                )
         for path, quantizer in self.activations.items():
             _check_observed(path, quantizer)
             quantizer.begin()
@@ -219,6 +226,8 @@ class Quantizer(Method):
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
+        for quantizer in self.activations.values() if self.begun else ():
+            quantizer.before_step()
         for path, quantizer in self.parameters.items() if self.begun else ():
             parameter, fold = self.context.model.get_parameter(path), self._fold_of(path)
             if parameter.grad is None:
@@ -237,6 +246,9 @@ class Quantizer(Method):
             for quantizer in self.activations.values():
                 if quantizer.observer is not None:
                     quantizer.follow()
+        for path, quantizer in self._all().items() if self.begun else ():
+            latent = self.context.projection.latent(path) if path in self.parameters else None
+            quantizer.stepped(latent)
 
     @contextmanager
     def float_activations(self) -> Iterator[None]:
@@ -271,8 +283,8 @@ class Quantizer(Method):
             for other in self.activations.values():
                 if other.place[0] == fused.norm:  # its hook went with the norm
                     install(model, *other.place, other)
-        for quantizer in self.activations.values():
-            quantizer.observer, quantizer.hearing = None, False
+        for quantizer in self._all().values():
+            quantizer.finish()
         self.hook.remove()
 
     def fingerprint(self) -> str:
@@ -284,7 +296,14 @@ class Quantizer(Method):
 
     def notes(self) -> list[str]:
         why = "quantization.reduce_range=true" if self.config.reduce_range else "this CPU has no int8 dot products"
-        return [*overrides(self.settings), *self.said, *([f"int8 weights have 7 bits: {why}"] if self.reduced else [])]
+        cut = [
+            f"{path}: what is negative becomes 0, {q.spec.dtype.name} begins there and {q.cut_off:.3g} was seen. "
+            "Choose a signed dtype, or a method with a zero point such as lsq_plus"
+            for path, q in self._all().items()
+            if q.cut_off < 0
+        ]
+        bits = [f"int8 weights have 7 bits: {why}"] if self.reduced else []
+        return [*overrides(self.settings), *self.said, *bits, *cut]
 
     def metrics(self) -> dict[str, float]:
         bad = sum(int(q.observer.counts[1]) for q in self.activations.values() if q.observer is not None)

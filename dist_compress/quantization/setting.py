@@ -20,6 +20,7 @@ class Setting(config_list.Setting):
     quant_scheme: str = "default"
     granularity: Any = "default"
     apply_method: str = "default"
+    apply_options: dict[str, Any] = field(default_factory=dict)
     fuse_names: list[list[str]] = field(default_factory=list)
     method: str = ""
     options: dict[str, Any] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from torch.ao.quantization.observer import MinMaxObserver
 from dist_compress.errors import UserError
 from dist_compress.quantization import affine, dtypes
 
-INTEGERS = [name for name in dtypes.DTYPES if not name.startswith("fp8")]
+INTEGERS = [name for name, dtype in dtypes.DTYPES.items() if dtype.is_integer]
 RANGES = [(-1.0, 3.0), (0.5, 3.0), (-3.0, -0.25), (0.0, 0.0), (-1e-9, 1e-9), (-7.25, 7.25), (0.0, 255.0), (-1e6, 3.0)]
 
 

@@ -81,7 +81,7 @@ def test_granularities(target, value, wanted):
         ({"op_types": ["Linear"], "target_names": ["_input_0"], "quant_scheme": "symmetric_restricted"}, ["signed"]),
         ({"op_types": ["Linear"], "target_names": ["_input_7"]}, ["_input_7", "_input_0"]),
         ({"op_types": ["Linear"], "target_names": ["_input_0"], "granularity": [2, 2]}, ["is the batch"]),
-        ({"op_types": ["Linear"], "method": "gptqq"}, ["gptqq", "lsq, ptq, qat, round_to_nearest"]),
+        ({"op_types": ["Linear"], "method": "gptqq"}, ["gptqq", "pact, ptq, qat, round_to_nearest"]),
         ({"op_types": ["Linear"], "bits": 8}, ["config_list[0].bits"]),
         ({"op_types": ["Linear"], "fuse_names": ["linear"]}, ["fuse_names", "list of lists"]),
     ],

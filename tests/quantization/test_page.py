@@ -6,11 +6,13 @@ import dataclasses
 import importlib
 import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from nets import calibrated, net
 
 from dist_compress import config, models, quantization
 from dist_compress.method import Context
@@ -35,8 +37,27 @@ def test_examples_attach(number):
     assert len(quantizer.parameters) == 20 if number else len(quantizer.activations) == 39
 
 
+def test_the_files_of_the_reader_attach(tmp_path, monkeypatch):
+    """A method and an apply method of docs/extending.md."""
+    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    (tmp_path / "mine").mkdir()
+    for name, block in re.findall(r"^`(mine/f\w+\.py)`:\n\n```\w+\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        (tmp_path / name).write_text(block)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+        monkeypatch.delitem(sys.modules, name)
+    entries = [{"op_types": ["Conv2d", "Linear"], "apply_method": "mine.fading", "apply_options": {"by": 8.0}}]
+    quantizer = calibrated(net(), method="mine.fixed", options={"high": 2.0}, config_list=entries)
+    assert list(quantizer.rounds()) == []
+    source = quantizer.activations["conv1._input_0"]
+    assert source.scale.item() == torch.tensor(6 / 255).item() and int(source.zero_point) == 170
+    x = torch.tensor([-9.0, 0.5, 9.0]).requires_grad_()
+    source(x).sum().backward()
+    assert x.grad.tolist() == [0.125, 1.0, 0.125]
+
+
 def test_nothing_is_missing():
-    dtyped = {"fp8_e4m3", "fp8_e5m2", "int2", "int8", "uint2", "uint8", "int16"}
+    dtyped = {"binary", "fp8_e4m3", "fp8_e5m2", "int2", "int8", "uint2", "uint8", "int16"}
     wanted = {*Setting.keys(), *dtypes.SCHEMES, *APPLY, *NAMES, *dtyped}
     for module in pkgutil.iter_modules(methods.__path__):
         options = importlib.import_module(f"{methods.__name__}.{module.name}").Options

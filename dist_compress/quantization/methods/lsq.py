@@ -36,7 +36,7 @@ class Lsq(FakeQuantize):
 
     def __init__(self, spec: Spec, shape: Sequence[int], options: Any, device: torch.device | str = "cpu") -> None:
         if spec.granularity.dynamic or spec.dtype.is_float:
-            raise UserError("lsq learns the scale of integers: neither per_token nor fp8. Choose ptq or qat for those.")
+            raise UserError("a scale of integers is learned: neither per_token nor fp8. Choose ptq or qat for those.")
         super().__init__(spec, shape, options, device)
         blocks = self.zero_point.numel()
         self._buffers.pop("scale")
@@ -50,7 +50,8 @@ class Lsq(FakeQuantize):
 
     def begin(self) -> None:
         if self.observer is not None:
-            low, high = self.observer.range()
+            _, high = self.observer.range()
+            self.cut_off = 0.0 if self.spec.dtype.is_signed else float(self.observer.low.min())
             self._set_scale(high)
             self.observer = None  # learned from here on
 
