@@ -33,12 +33,13 @@ class Data:
         self.vocab_size: int | None = getattr(train, "vocab_size", None)  # of text: tokens are numbers below it
 
     def example(self, n: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) of a call of the model with the first n evaluation samples, for tracing and checks.
-        Local.
+        """(args, kwargs) of a call of the model with n evaluation samples, for tracing and checks. Local.
 
-        The same on every rank; samples repeat when there are fewer than n.
+        The same on every rank; spread over the split, which may be sorted by class. Samples repeat when there are fewer
+        than n.
         """
-        inputs = self.eval.batch(torch.arange(n) % self.eval.num_samples, None)["inputs"]
+        num_samples = self.eval.num_samples
+        inputs = self.eval.batch(torch.arange(n) * max(num_samples // n, 1) % num_samples, None)["inputs"]
         return ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
 
 
