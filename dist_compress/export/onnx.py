@@ -90,7 +90,7 @@ def check(run_dir: str | Path, model: nn.Module, example: Any) -> dict[str, floa
     if not deploy.quantizers(model):
         return found
     held = onnx_file.integers(path)
-    return {**found, "num_integers": float(convert.compare_integers(model, held.get, KEY, path))}
+    return {**found, "num_integers": float(convert.compare_integers(model, held, KEY, path))}
 
 
 def session(path: str | Path, num_threads: int = 0) -> Any:

@@ -82,7 +82,7 @@ def check(run_dir: str | Path, model: nn.Module, example: Any) -> dict[str, floa
     if not deploy.quantizers(model):
         return found
     held = {_plain(name): tensor for name, tensor in loaded.state_dict().items()}
-    return {**found, "num_integers": float(convert.compare_integers(model, held.get, KEY, path))}
+    return {**found, "num_integers": float(convert.compare_integers(model, held, KEY, path))}
 
 
 def _plain(name: str) -> str:

@@ -8,7 +8,7 @@ stays as it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -119,16 +119,17 @@ def integers_of(parameter: torch.Tensor, q: FakeQuantize) -> torch.Tensor:
     return quantize(parameter.detach(), *q.scales_for(parameter), q.spec.dtype)
 
 
-def compare_integers(model: nn.Module, held: Callable[[str], torch.Tensor | None], key: str, where: Any) -> int:
-    """The number of integers `held` has under the names of the parameters, each of which is the fake quantizer's.
-    Local. Raises RuntimeError, which begins with `key`."""
+def compare_integers(model: nn.Module, held: Mapping[str, torch.Tensor], key: str, where: Any) -> int:
+    """The number of integers `held` has under the names of the parameters, each of which is the fake quantizer's; of
+    equal tensors a file may have kept one, by one of the names. Local. Raises RuntimeError, which begins with `key`."""
     count = 0
     for (module, target), q in quantizers(model).items():
         if q.spec.is_activation:
             continue
         name = f"{module}.{target}".removeprefix(".")
-        wanted, found = integers_of(model.get_parameter(name), q).cpu(), held(name)
-        if found is None or found.dtype != wanted.dtype or not torch.equal(found.float(), wanted.float()):
+        wanted = integers_of(model.get_parameter(name), q).cpu()
+        found = [held[name]] if name in held else held.values()
+        if not any(tensor.dtype == wanted.dtype and torch.equal(tensor.float(), wanted.float()) for tensor in found):
             raise RuntimeError(f"{key}: the integers of {name} in {where} are not those of the run.")
         count += wanted.numel()
     return count

@@ -10,6 +10,7 @@ Scales and zero points are buffers, with the weights. Everything here is local.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import astuple
 from typing import Any
 
@@ -46,6 +47,19 @@ def name_of(target: str) -> str:
 def quantizers(model: nn.Module) -> dict[tuple[str, str], FakeQuantize]:
     """{(module, target): quantizer} of all that were installed, in the order of the model."""
     return {module.place: module for module in model.modules() if isinstance(module, FakeQuantize)}
+
+
+def without_quantizers(model: nn.Module) -> nn.Module:
+    """A copy with the quantized weights in it, but no quantizer: what goes into a layer is float."""
+    copied = copy.deepcopy(model)
+    for (module, target), quantizer in quantizers(copied).items():
+        owner = copied.get_submodule(module)
+        delattr(owner, name_of(target))
+        for hooks in (owner._forward_pre_hooks, owner._forward_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "fn", None) is quantizer]:
+                del hooks[key]
+                owner._forward_pre_hooks_with_kwargs.pop(key, None)
+    return copied
 
 
 @torch.no_grad()
