@@ -1,4 +1,4 @@
-"""A layer whose weight is a target, as methods see it that change the weight."""
+"""A layer as methods see it that change its weight."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dist_compress.quantization.fake_quant import FakeQuantize
 class Layer:
     name: str
     module: nn.Module
-    quantizer: FakeQuantize  # of its weight
-    read: Callable[[], torch.Tensor]  # the weight as it will be quantized, folded with its norm if it has one
+    quantizer: FakeQuantize  # of the method; of its weight, or where only that has the method of its input
+    read: Callable[[], torch.Tensor]  # the weight as it will be quantized, masked and folded with its norm, if any
     write: Callable[[torch.Tensor], None]  # puts it back
     keep: torch.Tensor | None  # bool, broadcastable to the weight: what was not pruned
 

@@ -7,8 +7,9 @@ and what comes next hears the model with these. First layers are rescaled (resca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from torch import nn
 
 from dist_compress import comm
@@ -17,6 +18,7 @@ from dist_compress.linear_form import has_linear_form
 from dist_compress.method import Context
 from dist_compress.quantization import channels
 from dist_compress.quantization.fake_quant import FakeQuantize
+from dist_compress.quantization.fuse import Fold
 from dist_compress.quantization.heard import Heard
 from dist_compress.quantization.layer import Layer
 from dist_compress.quantization.rescaling import Rescales, Rescaling
@@ -36,19 +38,29 @@ def check(model: nn.Module, parameters: Mapping[str, FakeQuantize]) -> None:
             )
 
 
-def rounds(context: Context, layers: Sequence[Layer], notes: list[str]) -> Iterator[Heard]:
-    """Listeners for the calibration; what one hears changes weights before the next is given out. `notes` gets lines
-    for the user. Every step is collective. Raises UserError on every rank."""
-    rescaled = [layer for layer in layers if isinstance(layer.quantizer, Rescales)]
-    solved = [layer for layer in layers if isinstance(layer.quantizer, Solves)]
+def rounds(
+    context: Context, quantizers: Iterable[FakeQuantize], norms: Mapping[str, Fold], notes: list[str]
+) -> Iterator[Heard]:
+    """Listeners for the calibration; what one hears changes weights before the next is given out. `norms`: by the layer
+    that they will be folded into. `notes` gets lines for the user. Every step is collective. Raises UserError on every
+    rank."""
+    rescaled: dict[type[FakeQuantize], dict[str, Layer]] = {}
+    solved: list[Layer] = []
+    for quantizer in quantizers:
+        where, target = quantizer.place
+        if isinstance(quantizer, Rescales) and target in ("weight", "_input_0") and _has_weight(context.model, where):
+            own = rescaled.setdefault(type(quantizer), {})
+            if where not in own or target == "weight":
+                own[where] = _layer(context, quantizer, norms.get(where))
+        elif isinstance(quantizer, Solves):
+            solved.append(_layer(context, quantizer, norms.get(where)))
     if not rescaled and not solved:
         return
     assert context.example is not None
     sites = Sites(context.model, *context.example)
     graph = comm.on_rank0(lambda: channels.find(sites))
-    for kind in dict.fromkeys(type(layer.quantizer) for layer in rescaled):
-        own = [layer for layer in rescaled if type(layer.quantizer) is kind]
-        rescaling = Rescaling(context, own, graph.folds)
+    for layers in rescaled.values():
+        rescaling = Rescaling(context, list(layers.values()), graph.folds)
         notes.extend(rescaling.notes())
         if rescaling.views:
             yield rescaling
@@ -57,3 +69,24 @@ def rounds(context: Context, layers: Sequence[Layer], notes: list[str]) -> Itera
         solving = Solving(context, solved, graph.sources)
         yield solving
         solving.finish()
+
+
+def _has_weight(model: nn.Module, name: str) -> bool:
+    module = dict(model.named_modules()).get(name)
+    return module is not None and has_linear_form(module)
+
+
+def _layer(context: Context, quantizer: FakeQuantize, fold: Fold | None) -> Layer:
+    projection, name = context.projection, quantizer.place[0]
+    path = f"{name}.weight"
+    keep = projection.masks().get(projection.owner(path))
+
+    def read() -> torch.Tensor:
+        latent = projection.latent(path)
+        masked = latent if keep is None else latent * keep
+        return masked if fold is None else fold.into(masked)
+
+    def write(weight: torch.Tensor) -> None:
+        projection.latent(path).copy_(weight if fold is None else fold.out_of(weight))
+
+    return Layer(name, context.model.get_submodule(name), quantizer, read, write, keep)

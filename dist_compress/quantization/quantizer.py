@@ -33,7 +33,6 @@ from dist_compress.quantization.config_list import fake_quantize_class, resolve,
 from dist_compress.quantization.deploy import install
 from dist_compress.quantization.fake_quant import FakeQuantize, Spec
 from dist_compress.quantization.heard import Heard
-from dist_compress.quantization.layer import Layer
 from dist_compress.quantization.observer import reduce
 from dist_compress.quantization.setting import Setting
 from dist_compress.quantization.table import Row, table
@@ -147,21 +146,10 @@ class Quantizer(Method):
     def rounds(self) -> Iterator[tuple[Heard | Quantizer, int]]:
         """What has to be shown the calibration data before `begin`, one after the other, and how many global batches
         of it. Whatever changes weights has done so before the next is given out. Every step is collective."""
-        layers = [self._layer(path) for path in self.parameters if path.endswith(".weight")]
-        for listener in preparing.rounds(self.context, layers, self.said):
+        for listener in preparing.rounds(self.context, self._all().values(), self.folds, self.said):
             yield listener, self.config.calibration_steps
         if any(q.observer is not None for q in self.activations.values()):
             yield self, self.config.calibration_steps
-
-    def _layer(self, path: str) -> Layer:
-        quantizer, fold, projection = self.parameters[path], self._fold_of(path), self.context.projection
-        name = quantizer.place[0]
-
-        def write(weight: torch.Tensor) -> None:
-            projection.latent(path).copy_(weight if fold is None else fold.out_of(weight))
-
-        keep = projection.masks().get(projection.owner(path))
-        return Layer(name, self.context.model.get_submodule(name), quantizer, lambda: self._folded(path), write, keep)
 
     def _begin_pass(self, model: nn.Module, args: Any) -> None:
         """A forward pass begins: what an evaluation or a dummy round left behind is dropped."""

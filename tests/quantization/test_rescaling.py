@@ -65,6 +65,19 @@ def test_what_only_some_readers_are_quantized_by():
     torch.testing.assert_close(model(x), before(x), rtol=1e-4, atol=1e-4)
 
 
+def test_inputs_can_be_smoothed_for_weights_of_another_method():
+    model = Block()
+    entry = {"op_types": ["Linear"], "target_settings": {"_input_0": {}, "weight": {"method": "gptq"}}}
+    quantizer = shown(attached(model, method="smoothquant", config_list=[entry]))
+    assert not torch.equal(model.norm1.weight, Block().norm1.weight)
+    solved = model.down.weight.detach().clone()
+    quantizer.begin()
+    quantizer.context.projection.project()
+    assert torch.equal(model.down.weight, solved) and not torch.equal(solved, Block().down.weight)
+    x = micro(5, 5)
+    assert (model(x) - Block()(x)).norm() < 0.05 * Block()(x).norm()
+
+
 def test_options_of_one_fold_must_agree():
     entries = [*LINEAR, {"op_names": ["q"], "options": {"alpha": 0.7}}]
     with pytest.raises(UserError, match="q and k read the same channels, which smoothquant rescales for both"):

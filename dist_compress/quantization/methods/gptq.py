@@ -85,7 +85,8 @@ class Gptq(Solves):
                     here = slice(c, c + group)
                     found = qparams(*self._range(w[:, here]), self.spec.dtype, self.spec.scheme)
                     scale[:, here], zero_point[:, here] = (t.view(-1, 1) for t in found)
-                rounded = fake_quantize(w[:, c], scale[:, c], zero_point[:, c], self.spec.dtype) * keep[:, c]
+                rounded = fake_quantize(w[:, c], scale[:, c], zero_point[:, c], self.spec.dtype)
+                rounded.masked_fill_(~keep[:, c], 0)
                 error = (w[:, c] - rounded) / upper[c, c]
                 w[:, c] = rounded
                 w[:, c + 1 : block.stop] -= error[:, None] * upper[c, c + 1 : block.stop]
