@@ -73,7 +73,9 @@ class Solving(Heard):
                     found = layer.quantizer.solve(layer.module, weight, gram, layer.keep)
                     if not bool(found.isfinite().all()):
                         raise torch.linalg.LinAlgError("weights or inputs are no finite numbers")
-                    solved[layer.name] = found.to(weight.dtype)
+                    solved[layer.name] = found = found.to(weight.dtype)
+                    if not torch.equal(layer.quantizer.compress(found), found):
+                        raise torch.linalg.LinAlgError("apply_method makes other numbers of those it was solved for")
                 except torch.linalg.LinAlgError as error:
                     failures.append(f"{layer.name}: {layer.method} has no solution: {error}")
             refuse(failures, "Raise the dampening in the method's options, calibrate longer, or exclude the layer.")

@@ -151,6 +151,8 @@ def broken(kind: str) -> str:
             model.k.weight[0, 0] = torch.nan
     options = {"dampening": 0.0} if kind == "singular" else {}
     quantizer = attached(model, method="gptq", config_list=LINEAR, options=options)
+    if kind == "apply":
+        quantizer.parameters["v.weight"].compress = lambda weight: weight / 2
     if kind == "silent":
         model.forward = lambda x: x
     inputs = (lambda step, j: micro(step, j)[:1, :1].expand(2, 2, SIZE)) if kind == "singular" else micro
@@ -166,6 +168,7 @@ def broken(kind: str) -> str:
     [
         ("nan", "k: gptq has no solution: weights or inputs are no finite numbers"),
         ("singular", "q: gptq has no solution: linalg.cholesky"),
+        ("apply", "v: gptq has no solution: apply_method makes other numbers of those it was solved for"),
         ("silent", "q: gptq has no solution: nothing was heard of its inputs that is not zero"),
     ],
 )

@@ -154,6 +154,15 @@ def test_fp8_is_solved_for_too():
     assert not torch.equal(quantizer.parameters["q.weight"].compress(Block().q.weight), model.q.weight)
 
 
+def test_weights_in_bfloat16_have_the_same_integers_when_they_are_quantized_again():
+    layer = torch.nn.Linear(64, 32).bfloat16()
+    example = ((correlated(9, 9).bfloat16(),), {})
+    entry = [{**LINEAR[0], "quant_dtype": "int8"}]
+    quantizer = attached(torch.nn.Sequential(layer), example, method="gptq", config_list=entry)
+    shown(quantizer, lambda step, j: correlated(step, j).bfloat16())
+    assert torch.equal(quantizer.parameters["0.weight"].compress(layer.weight), layer.weight)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
