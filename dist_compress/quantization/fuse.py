@@ -59,7 +59,8 @@ def find(sites: Sites, layers: Sequence[str], wanted: Sequence[list[str]]) -> li
         if node.op == "call_module":
             calls.setdefault(str(node.target), []).append(node)
     modules = dict(model.named_modules())
-    flat = {layer for layer in layers if len(sites.site(layer, "_output_0").shape) == 2}
+    ran = {layer: sites.meant(layer, "_output_0") for layer in layers}  # a layer may be there and never be called
+    flat = {layer for layer, outputs in ran.items() if outputs and len(outputs[0].shape) == 2}
     found = {layer: _after(layer, calls, modules, layer in flat) for layer in layers}
     for names in wanted:
         _check_wanted(names, layers, found, calls, modules)
