@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from dist_compress import comm
+from dist_compress import comm, export
 from dist_compress.config import Config, to_yaml
+from dist_compress.export import onnx
 from dist_compress.fingerprint import weights_fingerprint
 from dist_compress.method import Method
+from dist_compress.quantization import cpu, describe
+from dist_compress.quantization.deploy import without_quantizers
 from dist_compress.reporting.coupling_chart import coupling_chart
 from dist_compress.reporting.records import read
 from dist_compress.reporting.report import CHART, write_report
@@ -102,18 +106,38 @@ class Outcome:
         if self.active:
             self.summary["fingerprint/weights"] = weights_fingerprint(model)
 
-    def exported(self, name: str, checked: dict[str, float]) -> None:
+    def exported(self, name: str, checked: dict[str, Any]) -> None:
         """`checked`: what the check of a format found."""
         if self.active:
             self.summary.update({f"export/{name}/{key}": value for key, value in checked.items()})
+            file = self.run_dir / getattr(export.find(name), "FILE", "")
+            if file.is_file():
+                self.summary[f"file_bytes/{name}/after"] = file.stat().st_size
 
     def latencies(self, dense: nn.Module, small: nn.Module) -> None:
+        """Rank 0 only. A quantized model is as fast as the file that ONNX Runtime runs, beside that of the float
+        `dense`; in PyTorch it is measured where it was pruned as well, without what simulates integers."""
+        quantized = describe(small) is not None
+        if not quantized or any(key.endswith("/masked") for key in self.summary):
+            small = without_quantizers(small) if quantized else small
+            self._time("latency_ms/{}", {"before": dense, "after": small})
+        if quantized and "onnx" in self.config.export:
+            with tempfile.TemporaryDirectory() as folder:
+                onnx.export(folder, dense, None, self.config, self.example)
+                self.summary["file_bytes/onnx/before"] = (Path(folder) / onnx.FILE).stat().st_size
+                files = {"before": folder, "after": self.run_dir}
+                runs = {name: onnx.Runtime(Path(path) / onnx.FILE) for name, path in files.items()}
+                self._time("latency_ms/{}/onnx", runs)
+        if quantized:
+            self.summary["env/int8_dot_products"] = ", ".join(cpu.dot_products()) or "none"
+
+    def _time(self, key: str, models: Mapping[str, nn.Module]) -> None:
         args, kwargs = self.example
         sizes = tuple(dict.fromkeys((*BATCH_SIZES, self.config.pruning.latency.batch_size)))
-        for name, found in latencies({"before": dense, "after": small}, args, kwargs, sizes, LATENCY_S).items():
+        for name, found in latencies(models, args, kwargs, sizes, LATENCY_S).items():
             for batch, quantiles in found.items():
                 for quantile, value in quantiles.items():
-                    self.summary[f"latency_ms/{quantile}/{name}/{batch}"] = value
+                    self.summary[f"{key.format(quantile)}/{name}/{batch}"] = value
 
     def finish(self, more: Mapping[str, Any]) -> dict[str, Any]:
         """Write summary.json, with `more` in it, and report.html. Returns the summary. Rank 0 only."""

@@ -101,7 +101,13 @@ def test_ptq_trains_nothing_and_is_delivered_as_onnx(ranks, tmp_path):
     assert whole and summary["export/safetensors/max_rel_diff"] == 0.0
     assert summary["export/onnx/max_diff"] < 8 and summary["export/onnx/top1_agreement"] >= 0.98
     assert summary["export/onnx/num_integers"] == summary["params/after"]
+    for when in ("before", "after"):  # of files, in turns; what simulates integers is not timed
+        assert summary[f"latency_ms/p50/onnx/{when}/b1"] > 0 and f"latency_ms/p50/{when}/b1" not in summary
+    assert summary["file_bytes/onnx/after"] == (tmp_path / "model.onnx").stat().st_size
+    assert summary["file_bytes/onnx/after"] < 0.35 * summary["file_bytes/onnx/before"]
+    assert "env/int8_dot_products" in summary
     page = (tmp_path / "report.html").read_text()
+    assert "Latency in ONNX Runtime median" in page and "File size, onnx" in page
     assert "Quantized tensors" in page and "layer3.2.conv2.weight" in page
 
 
@@ -113,6 +119,7 @@ def test_pruned_shrunk_then_quantized(ranks, tmp_path):
     one = ranks(1, whole_run, str(tmp_path / "1"), *more, timeout_s=110)[0]
     assert one["macs/after"] < 0.6 * one["macs/before"]
     assert one["fingerprint/scales"] and one["verify/folded_max_rel_diff"] < 1e-5
+    assert one["latency_ms/p50/after/b1"] > 0  # of the small float model
     assert bits(ranks(2, whole_run, str(tmp_path / "2"), *more, timeout_s=110)[0]) == bits(one)
 
 

@@ -105,6 +105,17 @@ def session(path: str | Path, num_threads: int = 0) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
+class Runtime(nn.Module):
+    """A file as something that is called like the model, on one thread: what is timed. On the CPU."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.session = session(path, num_threads=1)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.session.run(None, feed(self.session, (args, kwargs)))
+
+
 def feed(runs: Any, call: Call) -> dict[str, Any]:
     """The tensors of a call by the names of the inputs of a session."""
     tensors = [leaf for leaf in tree_leaves(moved(call, "cpu")) if isinstance(leaf, torch.Tensor)]

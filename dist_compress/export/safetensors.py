@@ -32,6 +32,7 @@ from dist_compress.pruning.activation_mask import restore, shipped
 from dist_compress.speedup.apply import apply
 from dist_compress.speedup.plan import Plan
 
+FILE = "model.safetensors"
 _FORMAT = 2  # of model.json
 OWN_LOOP = "own loop"  # model.source of a model that was handed over, which only its owner can build
 
@@ -60,7 +61,7 @@ def export(run_dir: str | Path, model: nn.Module, plan: Plan | None, config: Con
             plan.save(folder)
         if quantized is not None:
             (folder / "quantization.json").write_text(json.dumps(quantized, indent=1) + "\n", encoding="utf-8")
-        save_file(_state(model) | _plain(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(_state(model) | _plain(tensors), folder / FILE, metadata={"format": "pt"})
         (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
@@ -102,7 +103,7 @@ def load(folder: str | Path, trust: bool = False, model: nn.Module | None = None
     restore(model, description["activation_masks"])
     if description["quantized"]:
         quantization.rebuild(model, json.loads((folder / "quantization.json").read_text(encoding="utf-8")))
-    models.load_weights(model, folder / "model.safetensors", key="load")
+    models.load_weights(model, folder / FILE, key="load")
     if description["channels_last"]:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval()

@@ -45,6 +45,8 @@ def export(run_dir: str | Path, model: nn.Module, plan: Plan | None, config: Con
     """Writes `run_dir`/model.pt2, whole or not at all. Rank 0 only. Raises UserError for what cannot be traced."""
     traced = program(convert.convert(deepcopy(model).cpu()), example, KEY)
     traced.example_inputs = None  # held-out data, which would be pickled
+    for node in traced.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
     path = Path(run_dir) / FILE
     draft = path.with_name("part.pt2")
     with quiet():

@@ -159,6 +159,14 @@ def _checks(summary: dict[str, Any]) -> list[tuple[str, str]]:
         found.append(("Perplexity, masked", figures.number(summary["perplexity/masked"])))
     if summary.get("verify/max_rel_diff") is not None:
         found.append(("Masked vs shrunk, max rel. diff.", f"{summary['verify/max_rel_diff']:.2e}"))
+    if summary.get("verify/folded_max_rel_diff") is not None:
+        found.append(("Folded vs simulated, max rel. diff.", f"{summary['verify/folded_max_rel_diff']:.2e}"))
+    for key in sorted(k for k in summary if k.startswith("export/") and k.endswith("/top1_agreement")):
+        difference = f"{summary[key.replace('top1_agreement', 'max_diff')]:.2f} units"
+        agree = f"{figures.percent(summary[key], 1)} agree"
+        found.append((f"File of {key.split('/')[1]} vs simulated", f"{difference}, {agree}"))
+    if "env/int8_dot_products" in summary:
+        found.append(("int8 dot products of this CPU", summary["env/int8_dot_products"]))
     for key in sorted(k for k in summary if k.startswith("fingerprint/")):
         found.append((f"Fingerprint of the {key.partition('/')[2]}", figures.fingerprint(summary[key])))
     if "world_size" in summary:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 # Summary keys without their /before or /after, in the order in which they are shown.
-_COSTS = {"params": "Parameters", "macs": "MACs", "file_bytes": "File size"}
+_COSTS = {"params": "Parameters", "macs": "MACs"}
 _LIMITS = {"macs": "MACs", "params": "Parameters", "latency_ms": "Latency"}
-_LATENCY = re.compile(r"latency_ms/(p\d+)/(?:before|after)/b(\d+)")
+_LATENCY = re.compile(r"latency_ms/(p\d+)/(onnx/)?(?:before|after)/b(\d+)")
+_FILE = re.compile(r"file_bytes/(\w+)/after")
 
 
 @dataclass(frozen=True)
@@ -118,16 +119,36 @@ def _milliseconds(value: float) -> str:
 
 
 def _latencies(summary: Mapping[str, Any]) -> list[Figure]:
-    found = sorted({(int(m[2]), m[1]) for m in map(_LATENCY.fullmatch, summary) if m})
+    found = sorted({(m[2] or "", int(m[3]), m[1]) for m in map(_LATENCY.fullmatch, summary) if m})
     names = {"p50": "median"}
     figures = []
-    for batch, quantile in found:
-        before = summary.get(f"latency_ms/{quantile}/before/b{batch}")
-        after = summary.get(f"latency_ms/{quantile}/after/b{batch}")
+    for runtime, batch, quantile in found:
+        before = summary.get(f"latency_ms/{quantile}/{runtime}before/b{batch}")
+        after = summary.get(f"latency_ms/{quantile}/{runtime}after/b{batch}")
         if before is not None and after is not None:
-            label = f"Latency {names.get(quantile, quantile)}, batch {batch}"
-            key = f"latency_ms/{quantile}/b{batch}"
+            where = " in ONNX Runtime" if runtime else " in PyTorch, float" if _quantized(summary) else ""
+            label = f"Latency{where} {names.get(quantile, quantile)}, batch {batch}"
+            key = f"latency_ms/{quantile}/{runtime}b{batch}"
             figures.append(_cost(key, label, before, after, _milliseconds, "faster", "slower"))
+    return figures
+
+
+def _quantized(summary: Mapping[str, Any]) -> bool:
+    return "fingerprint/scales" in summary
+
+
+def _files(summary: Mapping[str, Any]) -> list[Figure]:
+    """What a quantized model is delivered as, file by file, beside the float model, in the same format if that is
+    known; of any other model what its weights take."""
+    names = sorted(m[1] for m in map(_FILE.fullmatch, summary) if m) if _quantized(summary) else []
+    deployed = [name for name in names if name != "safetensors"]  # which holds floats
+    figures = []
+    for name in deployed or [""]:
+        before = summary.get(f"file_bytes/{name}/before", summary.get("file_bytes/before"))
+        after = summary.get(f"file_bytes/{name}/after" if name else "file_bytes/after")
+        if before is not None and after is not None:
+            key, label = (f"file_bytes/{name}", f"File size, {name}") if name else ("file_bytes", "File size")
+            figures.append(_cost(key, label, before, after, size_bytes, "smaller", "larger"))
     return figures
 
 
@@ -187,8 +208,7 @@ def before_after(summary: Mapping[str, Any]) -> list[Figure]:
         elif key == "perplexity":
             figures.append(_perplexity(before, after))
         elif key in _COSTS:
-            show = size_bytes if key == "file_bytes" else count
-            figures.append(_cost(key, _COSTS[key], before, after, show, "smaller", "larger"))
-        else:
+            figures.append(_cost(key, _COSTS[key], before, after, count, "smaller", "larger"))
+        elif not key.startswith("file_bytes"):
             others.append(Figure(key, key[:1].upper() + key[1:], number(before), number(after), "", None))
-    return figures + _latencies(summary) + others
+    return figures + _files(summary) + _latencies(summary) + others

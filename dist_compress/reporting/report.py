@@ -114,13 +114,14 @@ def _subtitle(config: Row, summary: Row) -> list[str]:
 
 
 def _headlines(rows: Sequence[figures.Figure]) -> list[figures.Figure]:
-    """The four figures asked for first: accuracy (of language models perplexity), MACs, parameters, median latency of
-    the largest batch."""
+    """The figures asked for first: accuracy, MACs unless they stayed, the file of a quantized model or else parameters,
+    median latency of the largest batch where the model is to run."""
     by_key = {row.key: row for row in rows}
     medians = [row.key for row in rows if row.key.startswith("latency_ms/p50/")]
-    quality = "perplexity" if "perplexity" in by_key else "accuracy"
-    keys = [quality, "macs", "params", *medians[-1:]]
-    return [by_key[key] for key in keys if key in by_key]
+    files = [row.key for row in rows if row.key.startswith("file_bytes/")]
+    keys = ["accuracy", "macs", *(files[:1] or ["params"]), *medians[-1:]]
+    shown = [by_key[key] for key in keys if key in by_key]
+    return [row for row in shown if not (files and row.key == "macs" and row.better is None)]
 
 
 def _proof(config: Row, summary: Row) -> dict[str, Any]:

@@ -25,6 +25,8 @@ def tidy(path: Path, bits: Mapping[str, int]) -> None:
     import onnx
 
     model = onnx.load(path)
+    for part in (model.graph, *model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):
+        part.ClearField("metadata_props")  # where in the code of the model it comes from: more than half of the file
     _name_parameters(model.graph)
     _add_biases(model.graph, {name for name, n in bits.items() if n == WIDE})
     _transpose_blocks(model.graph, set(bits))
