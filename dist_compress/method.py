@@ -6,10 +6,19 @@ One optimizer step, on every rank:
         forward, task loss + sum of method.loss, backward
         method.after_backward(step, micro)        only for live micro-batches; local, no collective
     gradients are reduced
-    method.before_step(step)                      gradient rules, before clipping; collective: called on every rank
+    method.before_step(step)                      gradient rules, before clipping; collective: called on every rank; in
+                                                  reverse, as gradients pass the method that acts last first
     clip, latent weights back, optimizer step
     method.after_step(step)                       decisions; collective: called on every rank
     project the weights
+
+and once in a run, at boundaries between two steps:
+
+    method.start()                                at `start_step`: look at data, then act
+    method.detach(), in reverse                   no decision follows: leave the model as it is to be planned
+    the model is shrunk in place
+    method.rebase(transform), method.reattach()   go on with the smaller model
+    method.finish(args, kwargs)                   training is over
 """
 
 from __future__ import annotations
@@ -19,7 +28,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -47,12 +56,32 @@ class Context:
     latencies: Latencies | None = None  # where something is asked in milliseconds
     # Collective: the metrics of the model as it is now on so many samples of training data, the same on every rank.
     evaluate: Callable[[int], dict[str, float]] | None = None
+    # Collective: show a listener the model as it is now on so many global batches of training data.
+    calibrate: Callable[[Listener, int], None] | None = None
+
+
+class Listener(Protocol):
+    """What looks at forward passes in evaluation mode, without gradients."""
+
+    calibrating: bool  # while it is shown any
+
+    def count_pass(self) -> None:
+        """A forward pass of this rank has ended. Local."""
+
+    def end_step(self) -> None:
+        """A global batch has ended on this rank. Collective."""
 
 
 class Method:
     """A technique. Every hook is optional; `state_dict` must be identical on every rank (gather before)."""
 
-    compresses = True  # False: it only adds losses; the model keeps its shape, and no decision is waited for
+    compresses = True  # False: the model keeps its shape, and no decision is waited for
+    adjective = ""  # of the model once `start` was called, which names its metrics: quantized
+
+    def foresee(self, model: nn.Module, example: Any) -> dict[tuple[str, str], Any]:
+        """{(module, target): how it is going to be delivered}, of the model before anything is attached, which stays as
+        it is. Local, the same on every rank. Raises UserError."""
+        return {}
 
     def attach(self, context: Context) -> None: ...
 
@@ -74,12 +103,34 @@ class Method:
         """Sorted steps t at whose end (`after_step(t)`) what the method decides changes; -1: before step 0."""
         return []
 
+    def start_step(self, shrink: int | None) -> int | None:
+        """The step boundary at which `start` is due; None: never, or it was called. `shrink`: that of the shrink, None
+        where nothing is decided. Raises UserError."""
+
+    def start(self) -> list[str]:
+        """Act from here on. The decisions of the boundary are taken, and the weights are projected. Returns lines for
+        the user. Collective."""
+        return []
+
     def detach(self) -> None:
-        """Leave the compressed weights in the model and take every hook off."""
+        """No decision follows, and the model is about to be shrunk: leave in it what a plan is made of, masked weights
+        for good, and take off what stands in the way. Collective."""
 
     def rebase(self, transform: Callable[[Tensors], Tensors]) -> None:
         """The model was shrunk in place since `detach`: `transform({parameter name: tensor})` slices tensors alike.
-        Collective. From here on only what stays (zeros that could not be removed) is kept up."""
+        Collective. Of what is masked, only what stays (zeros that could not be removed) is kept up."""
+
+    def follow(self, tensors: Tensors) -> Tensors:
+        """Slice, as `rebase` did the method's own parameters, what is shaped like them. Local."""
+        return tensors
+
+    def reattach(self) -> None:
+        """The shrunk model was compared with the masked one: act on as before `detach`. Collective."""
+
+    def finish(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Training is over: leave in the model what is delivered, and return what the report and the summary tell of
+        it. `args`, `kwargs`: a call on samples held out. Collective. Raises RuntimeError."""
+        return {}
 
     def notes(self) -> list[str]:
         """Lines for the user once the method is attached, such as what of the config was overridden. Local."""
@@ -99,7 +150,7 @@ class Method:
         return []
 
     def results(self) -> dict[str, Any]:
-        """For the report, after the last decision: JSON-like."""
+        """For the report, after the last decision and before `detach`: JSON-like."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

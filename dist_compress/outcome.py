@@ -58,9 +58,21 @@ class Outcome:
             chart = coupling_chart(coupling, [name for name, _ in model.named_modules()])
             (self.run_dir / CHART).write_text(chart, encoding="utf-8")
 
-    def before(self, model: nn.Module, metrics: dict[str, float]) -> None:
-        """The dense model as it is when the first decision falls."""
-        self._measure("before", model, metrics)
+    def dense(self, model: nn.Module) -> None:
+        """What the model costs before the methods put anything into it."""
+        if "params/before" not in self.summary:
+            self._measure("before", model)
+
+    def before(self, metrics: dict[str, float]) -> None:
+        """The dense model as it is when the first change falls."""
+        self.became("before", metrics)
+
+    def became(self, when: str, metrics: dict[str, float]) -> None:
+        """What the model is right after a change: shrunk, before any fine-tuning; quantized, right after its
+        calibration."""
+        if self.active:
+            self.summary.update({f"{name}/{when}": value for name, value in metrics.items()})
+            self._save()
 
     def compressed(self, methods: Sequence[Method], metrics: dict[str, float]) -> None:
         """The simulated model after the last decision: masked, in its dense shape. Collective, for the methods."""
@@ -82,28 +94,17 @@ class Outcome:
                 for b in plan.blocked
             ]
 
-    def shrunk(self, metrics: dict[str, float]) -> None:
-        """The physically smaller model, before any fine-tuning."""
-        if self.active:
-            self.summary.update({f"{name}/shrunk": value for name, value in metrics.items()})
-            self._save()
-
-    def quantized(self, metrics: dict[str, float]) -> None:
-        """The model right after its calibration, before any training with what was quantized."""
-        if self.active:
-            self.summary.update({f"{name}/quantized": value for name, value in metrics.items()})
-            self._save()
-
-    def folded(self, results: dict[str, Any], difference: float) -> None:
-        """What the quantizer says at the end, and how far the folded model is from the simulated one."""
+    def finished(self, results: dict[str, Any]) -> None:
+        """What a method says of the model that it leaves."""
         if self.active:
             self.facts["methods"].update(results)
-            self.summary["verify/folded_max_rel_diff"] = difference
 
     def after(self, model: nn.Module, metrics: dict[str, float]) -> None:
-        """The model that is delivered."""
-        self._measure("after", model, metrics)
+        """The model that is delivered. What nothing changed on the way is its own `before`."""
+        self._measure("after", model)
+        self.became("after", metrics)
         if self.active:
+            self.summary.update({f"{k}/before": v for k, v in metrics.items() if f"{k}/before" not in self.summary})
             self.summary["fingerprint/weights"] = weights_fingerprint(model)
 
     def exported(self, name: str, checked: dict[str, Any]) -> None:
@@ -147,7 +148,7 @@ class Outcome:
                 "world_size": comm.world_size(),
                 "backend": self.config.backend.name,
                 "verify/tolerance": self.config.speedup.tolerance,
-                **{k: v for k, v in self.facts["methods"].items() if k.startswith("fingerprint/")},
+                **{k: v for k, v in self.facts["methods"].items() if k.startswith(("fingerprint/", "verify/"))},
             }
         )
         for row in self.facts["methods"].get("limits", []):
@@ -181,16 +182,14 @@ class Outcome:
         shown = [f"{k} {100 * v:.2f} %" if k == "accuracy" else f"{k} {v:.4g}" for k, v in sorted(values.items())]
         return f"{when}: {', '.join(shown)}"
 
-    def _measure(self, when: str, model: nn.Module, metrics: dict[str, float]) -> None:
+    def _measure(self, when: str, model: nn.Module) -> None:
         if not self.active:
             return
         args, kwargs = resize_batch(self.example, 1)
-        self.summary.update({f"{name}/{when}": value for name, value in metrics.items()})
         self.summary[f"params/{when}"] = num_params(model)
         self.summary[f"macs/{when}"] = macs(model, args, kwargs)
         self.summary[f"file_bytes/{when}"] = num_bytes(model)
         self.facts["layers"][when] = layer_costs(model, args, kwargs)
-        self._save()
 
     def _layers(self) -> list[dict[str, Any]]:
         """Channels, parameters and MACs of each layer that has MACs, before and after."""

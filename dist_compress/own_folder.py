@@ -40,6 +40,7 @@ class OwnFolder:
             logger=LoggerConfig(name="none"),
         )
         self.outcome = Outcome(self.config, run_dir, example, resumed=False, sections=SECTIONS)
+        self.outcome.dense(model)
         self.told: list[tuple[int, str]] = []  # (optimizer steps done, a line)
         self.dense: nn.Module | None = None
         self.plan: Plan | None = None
@@ -50,24 +51,25 @@ class OwnFolder:
         told = to_yaml(self.config, SECTIONS)
         comm.on_rank0(lambda: (self.run_dir / "config.yaml").write_text(told, encoding="utf-8"))
 
-    def before(self, model: nn.Module, metrics: dict[str, float], step: int) -> None:
-        """The dense model at the boundary of the first decision."""
-        self.outcome.before(model, metrics)
+    def before(self, metrics: dict[str, float], step: int) -> None:
+        """The dense model at the boundary of the first change."""
+        self.outcome.before(metrics)
         self._line("before", step)
 
-    def compressed(self, masked: nn.Module, methods: Sequence[Method], metrics: dict[str, float], step: int) -> None:
-        """`masked`: in its dense shape, kept from here on by rank 0. Collective."""
+    def keep(self, masked: nn.Module) -> None:
+        """The model in its dense shape, held from here on by rank 0."""
         if comm.rank() == 0:
             self.dense = masked
-            if "params/before" not in self.outcome.summary:  # resumed from a state without a folder
-                self.outcome.before(masked, {})
+
+    def compressed(self, methods: Sequence[Method], metrics: dict[str, float], step: int) -> None:
+        """The simulated model after the last decision. Collective."""
         self.outcome.compressed(methods, metrics)
         self._line("masked", step)
 
     def shrunk(self, plan: Plan, difference: float, metrics: dict[str, float], step: int) -> None:
         self.plan = plan
         self.outcome.verified(difference, plan)
-        self.outcome.shrunk(metrics)
+        self.outcome.became("shrunk", metrics)
         self._line("shrunk", step)
 
     def deliver(self, model: nn.Module, before: Mapping[str, float], after: Mapping[str, float]) -> None:

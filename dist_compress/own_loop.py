@@ -167,18 +167,22 @@ class Attached:
                 f"{self.last}. Train on, pass a smaller total_steps, or let pruning.schedule end earlier."
             )
         self.projection.project()
-        masked = duplicate(self.model)
-        before = sum(p.numel() for p in masked.parameters())
-        plan = self._plan(masked) if self.config.speedup.enabled else None
         results = {key: value for method in self.methods for key, value in method.results().items()}
         if self.folder:
-            self.folder.compressed(masked, self.methods, self._metrics(), self.step_count)
-        added = [name for method in self.methods for name in method.added()]
-        for method in self.methods:
+            self.folder.compressed(self.methods, self._metrics(), self.step_count)
+        names: dict[torch.Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        state = optim.state_by_name(self.optimizer, names)
+        for method in reversed(self.methods):
             method.detach()
         self.projection.finish()
+        added = [name for method in self.methods for name in method.added()]
+        masked = duplicate(self.model)
+        if self.folder:
+            self.folder.keep(masked)
+        before = sum(p.numel() for p in masked.parameters())
+        plan = self._plan(masked) if self.config.speedup.enabled else None
         if plan is not None:
-            self._shrink(plan)
+            apply(self.model, plan)
         for method in self.methods:  # zeros that could not go stay zero while this optimizer goes on
             method.rebase(lambda tensors: apply_to_state(plan, tensors) if plan else tensors)
         self.projection.project()
@@ -189,6 +193,10 @@ class Attached:
                 f"masked and shrunk model differ by {difference:.3g} (relative), more than speedup.tolerance="
                 f"{self.config.speedup.tolerance:g}."
             )
+        for method in self.methods:
+            method.reattach()
+        self._rebind(names, optim.transformed(state, lambda moments: self._follow(plan, moments)))
+        self.projection.project()
         after = sum(p.numel() for p in self.model.parameters())
         self.finished, shipped = True, plan and plan.without(added)
         if self.folder:
@@ -276,7 +284,7 @@ class Attached:
         self.micro += 1
 
     def _before(self) -> None:
-        for method in self.methods:
+        for method in reversed(self.methods):
             method.before_step(self.step_count)
         self.projection.edit_gradients()
         self.projection.restore()
@@ -287,7 +295,7 @@ class Attached:
 
     def _decide(self) -> None:
         if self.folder and self.step_count == self.first:
-            self.folder.before(self.model, self._metrics(), self.step_count)
+            self.folder.before(self._metrics(), self.step_count)
         for method in self.methods:
             method.after_step(self.step_count - 1)
         self.projection.project()
@@ -299,13 +307,15 @@ class Attached:
         comm.check_equal("fingerprint of the plan", plan.fingerprint(), self.step_count)
         return plan
 
-    def _shrink(self, plan: Plan) -> None:
-        """The model's parameters become smaller ones; so do those the optimizer holds, and its moments."""
-        names: dict[torch.Tensor, str] = {p: name for name, p in self.model.named_parameters()}
-        state = optim.transformed(
-            optim.state_by_name(self.optimizer, names), lambda moments: apply_to_state(plan, moments)
-        )
-        apply(self.model, plan)
+    def _follow(self, plan: Plan | None, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors shaped like parameters, sliced as these were."""
+        tensors = apply_to_state(plan, tensors) if plan else tensors
+        for method in self.methods:
+            tensors = method.follow(tensors)
+        return tensors
+
+    def _rebind(self, names: Mapping[torch.Tensor, str], state: optim.State) -> None:
+        """The model's parameters are others now than those of `names`: the optimizer goes on with them and `state`."""
         new = dict(self.model.named_parameters())
         for group in self.optimizer.param_groups:
             group["params"] = [new[names[p]] for p in group["params"]]

@@ -112,8 +112,8 @@ class Projection:
             if latent is None or latent.shape != parameter.shape or latent.device != parameter.device:
                 self._latents[name] = torch.empty_like(parameter)
         _copy([self._latents[name] for name in self._functions], parameters)
-        for functions, parameter in zip(self._functions.values(), parameters, strict=True):
-            for key in KEYS:
+        for key in KEYS:  # of all parameters, as a function may look at another one: a norm that is folded
+            for functions, parameter in zip(self._functions.values(), parameters, strict=True):
                 function = functions.get(key)
                 if isinstance(function, Masked):
                     function.apply_(parameter)
@@ -157,6 +157,15 @@ class Projection:
         compresses it."""
         latent = self._latents.get(self.owner(name)) if self.projected else None
         return self.layout.local(name) if latent is None else latent
+
+    @torch.no_grad()
+    def before(self, name: str, key: str) -> torch.Tensor:
+        """What the function of `key` is given: the latent after the functions before it. Local."""
+        tensor = self.latent(name)
+        for earlier in KEYS[: KEYS.index(key)]:
+            function = self._functions.get(self.owner(name), {}).get(earlier)
+            tensor = tensor if function is None else function(tensor)
+        return tensor
 
     def finish(self) -> None:
         """Leave the compressed weights in the parameters for good and drop latents, functions and rules."""

@@ -1,8 +1,8 @@
 """The story of a run, in order. Every function here is collective: every rank calls it.
 
-    build -> trace, couple, attach -> train to the dense plateau -> measure -> compress while training
-    -> plan on rank 0, apply everywhere, verify -> calibrate, quantize -> fine-tune the small model
-    -> fold, evaluate -> export, check, report
+    build -> trace, couple, attach -> train; at step boundaries: decisions; measure before the first change;
+    methods start (calibrate, quantize); after the last decision plan on rank 0, apply everywhere, verify
+    -> finish (fold), evaluate -> export, check, report
 
 A run that was stopped goes on from the newest checkpoint of its folder, in the phase the checkpoint was written in;
 one that had finished has a checkpoint of its last step, and only delivers again.
@@ -10,6 +10,8 @@ one that had finished has a checkpoint of its last step, and only delivers again
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,14 @@ from dist_compress.config import Config, ModelConfig, to_yaml
 from dist_compress.duration import duration
 from dist_compress.errors import UserError
 from dist_compress.fingerprint import tensor_fingerprints, weights_fingerprint
-from dist_compress.method import Context
+from dist_compress.method import Context, Method
 from dist_compress.outcome import Outcome
 from dist_compress.projection import Projection
 from dist_compress.reporting.reporter import Reporter
 from dist_compress.speedup import Plan, apply, apply_to_state, verify
 from dist_compress.speedup.cost import resize_batch
 from dist_compress.speedup.masking import duplicate
-from dist_compress.target import Coupling, Latencies
+from dist_compress.target import Coupling
 from dist_compress.training import checkpoint, data, determinism, task
 from dist_compress.training.batchnorm import use_sync_batchnorm
 from dist_compress.training.calibration import calibrate
@@ -40,9 +42,8 @@ from dist_compress.training.loop import Trainer
 from dist_compress.training.schedule import run_length
 
 SMALL = "fine-tune"  # the phase of a checkpoint written after the shrink
-QUANTIZED = "quantized"  # ... after quantization began
 CHECKED = 64  # held-out samples on which what is delivered is compared
-FOLD_TOLERANCE = 1e-4  # largest max|folded - simulated| / max|simulated| that may ship
+SHRUNK_BY = Path("checkpoints", "plan")  # of a resumed run: with what the methods have added to the model
 
 
 def run(config: Config) -> None:
@@ -53,12 +54,7 @@ def run(config: Config) -> None:
     """
     job = Job(config)
     try:
-        if job.compressors and job.trainer.phase not in (SMALL, QUANTIZED):
-            job.train_dense()
-            job.compress()
-        if job.quantizer and job.trainer.phase != QUANTIZED:
-            job.quantize(job.quantizer)
-        job.fine_tune()
+        job.train()
         job.deliver()
     except BaseException:
         job.reporter.close(finished=False)
@@ -87,22 +83,24 @@ class Job:
         self.example = self.data.example(2)
         self.length = run_length(config, self.data.train.num_samples)
         self.projection = Projection(self.model)
-        self.methods = [*pruning.build(config), *distillation.build(config, self.data.train, self.teacher_model)]
-        self.quantizer = quantization.build(config)
-        self.compressors = [method for method in self.methods if method.compresses]
-        self.plan: Plan | None = None
+        distiller = distillation.build(config, self.data.train, self.teacher_model)
+        self.methods = [*pruning.build(config), *distiller, *quantization.build(config)]
+        self.plan: Plan | None = None  # as others apply it
         self.coupling = Coupling()
-        if checkpoint.latest(self.run_dir) is None:
-            self.check_exports()
-        self.attach()
         newest = checkpoint.latest(self.run_dir)
+        if newest is None:
+            self.check_exports()
         phase = checkpoint.read_meta(newest)["phase"] if newest else ""
-        if self.compressors and phase in (SMALL, QUANTIZED):
-            self.detach(comm.on_rank0(lambda: Plan.load(self.run_dir)) if config.speedup.enabled else None)
-        if self.quantizer and phase == QUANTIZED:
-            self.attach_quantizer(self.quantizer)
-        self.reporter = Reporter(config, self.run_dir, self.length.total_steps, resumed=newest is not None)
         self.outcome = Outcome(config, self.run_dir, self.example, resumed=newest is not None)
+        self.outcome.dense(self.model)
+        self.attach()
+        if phase == SMALL:
+            self.detach()
+            plan = comm.on_rank0(lambda: Plan.load(self.run_dir / SHRUNK_BY)) if config.speedup.enabled else None
+            self.cut(plan)
+            for method in self.methods:
+                method.reattach()
+        self.reporter = Reporter(config, self.run_dir, self.length.total_steps, resumed=newest is not None)
         self.outcome.coupled(self.coupling, self.model)
         self.trainer = Trainer(
             config, self.model, self.data, self.task, self.methods,
@@ -153,33 +151,25 @@ class Job:
         """Trace the model on rank 0, hand the coupled units to every rank, attach the methods."""
         if not self.methods:
             return
-        if self.compressors:
+        if any(method.compresses for method in self.methods):
             self.coupling = comm.on_rank0(lambda: speedup.coupling(self.model, *self.example, **self.settings()))
         resumed = checkpoint.latest(self.run_dir) is not None
         costs = cost_file.latencies(self.config, self.model, self.example, self.run_dir, resumed)
-        context = self.context(costs)
+        length = self.length
+        context = Context(
+            self.config, self.model, self.projection, self.coupling,
+            length.num_micro, length.total_steps, length.steps_per_epoch, self.example, costs, self.measure,
+            lambda listener, num_steps: calibrate(self.trainer, listener, num_steps),
+        )  # fmt: skip
         for method in self.methods:
             method.attach(context)
 
-    def context(self, costs: Latencies | None = None) -> Context:
-        """What methods are given that attach now. Local."""
-        length = self.length
-        return Context(
-            self.config, self.model, self.projection, self.coupling,
-            length.num_micro, length.total_steps, length.steps_per_epoch, self.example, costs, self.calibrate,
-        )  # fmt: skip
-
     def check_exports(self) -> None:
         """What cannot be exported is refused before anything is trained."""
-        targets = self.quantizer.foresee(self.model, self.example) if self.quantizer else {}
+        targets = {name: spec for m in self.methods for name, spec in m.foresee(self.model, self.example).items()}
         comm.on_rank0(lambda: export.check_ready(self.config.export, self.model, targets, self.example))
 
-    def attach_quantizer(self, quantizer: quantization.Quantizer) -> None:
-        """To the model in its final shape, after the other methods."""
-        quantizer.attach(self.context())
-        self.methods = [*self.methods, quantizer]
-
-    def calibrate(self, num_samples: int) -> dict[str, float]:
+    def measure(self, num_samples: int) -> dict[str, float]:
         """Metrics of the model as it is now on so many training samples, drawn by the seed, without augmentation."""
         return self.trainer.evaluate(Sample(self.data.train, num_samples, self.config.seed))
 
@@ -188,17 +178,27 @@ class Job:
         config = self.config.speedup
         return {"norm": config.norm, "keep": config.keep, "barrier": config.barrier}
 
-    def detach(self, plan: Plan | None) -> None:
-        """No decision follows: leave the zeros in the weights, slice them away by `plan`, keep the rest zero."""
-        for method in self.methods:
+    def detach(self) -> None:
+        """No decision follows: leave the zeros in the weights, and nothing else of what the methods do."""
+        for method in reversed(self.methods):
             method.detach()
         self.projection.finish()
-        added = [name for method in self.methods for name in method.added()]
+        self.added = [name for method in self.methods for name in method.added()]
+
+    def cut(self, plan: Plan | None) -> None:
+        """Slice the zeros away by `plan`, and all that the methods hold; what is left of the zeros stays."""
         if plan is not None:
             self.placed(apply(self.model, plan))
-            self.plan = plan.without(added)
+            self.plan = plan.without(self.added)
         for method in self.methods:
             method.rebase(lambda tensors: apply_to_state(plan, tensors) if plan else tensors)
+
+    def follow(self, plan: Plan | None, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors shaped like parameters, sliced as these were. Local."""
+        tensors = apply_to_state(plan, tensors) if plan else tensors
+        for method in self.methods:
+            tensors = method.follow(tensors)
+        return tensors
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the model as it is now, logged under the step boundary it stands at.
@@ -215,35 +215,34 @@ class Job:
         self.reporter.log(self.trainer.step, series)
         return metrics
 
-    def train_dense(self) -> None:
-        """Up to the boundary at which the first decision falls; what the model is there is `before`."""
-        first, _ = self.change_window()
-        if self.trainer.step < first or not self.trainer.settled:
-            self.trainer.train(until=first)
-            self.outcome.before(self.model, self.evaluate())
-            self.reporter.event(self.outcome.line("before"), self.trainer.step)
+    def train(self) -> None:
+        """All steps of the run, and what falls between them."""
+        for step, event in self.events():
+            self.trainer.train(until=step)
+            event()
+        self.trainer.train(until=self.length.total_steps)
 
-    def compress(self) -> None:
-        """Decide while training; then make the zeros disappear, here and in the optimizer's state."""
-        _, last = self.change_window()
-        self.trainer.train(until=last)
-        self.trainer.settle()
-        self.outcome.compressed(self.methods, self.evaluate())
-        self.reporter.event(self.outcome.line("masked"), self.trainer.step)
-        if self.config.speedup.enabled:
-            self.shrink()
-        else:
-            self.detach(None)
-        self.trainer.phase = SMALL
-        self.trainer.save()
+    def events(self) -> list[tuple[int, Callable[[], None]]]:
+        """What falls on step boundaries beside decisions, in order, without what a resumed run has behind it."""
+        change, shrink = self.change_window()
+        events: list[tuple[int, Callable[[], None]]] = []
+        if shrink is not None and self.trainer.phase != SMALL:
+            events.append((shrink, self.shrink))
+        for method in self.methods:
+            if (step := method.start_step(shrink)) is not None:
+                events.append((step, partial(self.start, method)))
+        first = min([step for step, _ in events] + ([] if change is None else [change]), default=None)
+        if first is not None and (self.trainer.step < first or not self.trainer.settled):
+            events.insert(0, (first, self.dense))
+        return sorted(events, key=lambda event: event[0])  # on one boundary in this order
 
-    def change_window(self) -> tuple[int, int]:
-        """The step boundaries of the first decision and of the shrink (the last decision, or speedup.at)."""
+    def change_window(self) -> tuple[int | None, int | None]:
+        """The step boundaries of the first decision and of the shrink (the last decision, or speedup.at), if any."""
         length = self.length
         steps = sorted({step + 1 for method in self.methods for step in method.change_steps()})
         at = self.config.speedup.at
-        if at is None:
-            return steps[0], steps[-1]
+        if at is None or not steps:
+            return (steps[0], steps[-1]) if steps else (None, None)
         shrink = duration(at, "speedup.at", length.total_steps, length.steps_per_epoch)
         if shrink < steps[-1]:
             raise UserError(
@@ -257,17 +256,47 @@ class Job:
             )
         return steps[0], shrink
 
+    def dense(self) -> None:
+        """What the model is before anything changes it; the decisions of this boundary are not taken yet."""
+        self.outcome.before(self.evaluate())
+        self.reporter.event(self.outcome.line("before"), self.trainer.step)
+
+    def start(self, method: Method) -> None:
+        """Calibrate a method, and train on with what it makes of the model."""
+        self.trainer.settle()
+        for line in method.start():
+            self.reporter.event(line, self.trainer.step)
+        self.outcome.became(method.adjective, self.evaluate())
+        self.reporter.event(self.outcome.line(method.adjective), self.trainer.step)
+        self.trainer.save()
+
     def shrink(self) -> None:
-        """Rank 0 plans, every rank slices its own copy; masked and shrunk must agree on inputs nobody has seen."""
-        masked = duplicate(self.model)  # projected: with the zeros in it
-        round_to = self.config.speedup.round_to
-        plan: Plan = comm.on_rank0(
-            lambda: speedup.plan(masked, *self.example, round_to=round_to, **self.settings())
-        )
-        comm.check_equal("fingerprint of the plan", plan.fingerprint(), self.trainer.step)
-        self.detach(plan)
-        shipped = self.plan
-        assert shipped is not None
+        """No decision follows: make the zeros disappear, here and in the optimizer's state. Rank 0 plans, every rank
+        slices its own copy; masked and shrunk must agree on inputs nobody has seen."""
+        self.trainer.settle()
+        self.outcome.compressed(self.methods, self.evaluate())
+        self.reporter.event(self.outcome.line("masked"), self.trainer.step)
+        self.detach()
+        plan, masked = None, duplicate(self.model)
+        if self.config.speedup.enabled:
+            round_to, settings = self.config.speedup.round_to, self.settings()
+            plan = comm.on_rank0(lambda: speedup.plan(masked, *self.example, round_to=round_to, **settings))
+            comm.check_equal("fingerprint of the plan", plan.fingerprint(), self.trainer.step)
+        self.cut(plan)
+        if plan is not None and (shipped := self.plan) is not None:
+            self.verify(masked, shipped)
+            comm.on_rank0(lambda: (shipped.save(self.run_dir), plan.save(self.run_dir / SHRUNK_BY)))
+        for method in self.methods:
+            method.reattach()
+        self.trainer.rebuild(lambda moments: self.follow(plan, moments))
+        if plan is not None:
+            self.outcome.became("shrunk", self.evaluate())
+            self.reporter.event(self.outcome.line("shrunk"), self.trainer.step)
+        self.trainer.phase = SMALL
+        self.trainer.save()
+
+    def verify(self, masked: nn.Module, shipped: Plan) -> None:
+        """Raise RuntimeError on every rank unless the small model computes what `masked` does."""
         difference = comm.on_rank0(lambda: self.difference(masked))
         self.outcome.verified(difference, shipped)
         changed = self.config.speedup.norm == "plain"  # asked for: norms over fewer numbers are another function
@@ -277,10 +306,6 @@ class Job:
                 f"{self.config.speedup.tolerance:g}: nothing is exported. Raise speedup.tolerance only if you can "
                 "explain that; started again, the run goes on from its last checkpoint."
             )
-        self.trainer.rebuild(lambda moments: apply_to_state(plan, moments))
-        comm.on_rank0(lambda: shipped.save(self.run_dir))
-        self.outcome.shrunk(self.evaluate())
-        self.reporter.event(self.outcome.line("shrunk"), self.trainer.step)
 
     def difference(self, masked: nn.Module) -> float:
         """max|shrunk - masked| / max|masked| on noise and on held-out samples, at two batch sizes. Rank 0 only."""
@@ -292,59 +317,15 @@ class Job:
                 worst = max(worst, verify(_outputs(masked, inputs), _outputs(self.model, inputs)))
         return worst
 
-    def quantize(self, quantizer: quantization.Quantizer) -> None:
-        """Train up to where quantization begins, calibrate on training data, and go on with everything quantized."""
-        length, shrunk_at = self.length, self.trainer.step if self.compressors else None
-        self.trainer.train(until=quantizer.begins_at(length.total_steps, length.steps_per_epoch, shrunk_at))
-        self.trainer.settle()
-        metrics = self.evaluate()
-        if not self.compressors:
-            self.outcome.before(self.model, metrics)
-            self.reporter.event(self.outcome.line("before"), self.trainer.step)
-        self.attach_quantizer(quantizer)
-        self.trainer.methods = self.methods
-        self.trainer.rebuild(lambda moments: moments)
-        for listener, num_steps in quantizer.rounds():
-            calibrate(self.trainer, listener, num_steps)
-        quantizer.begin()
-        for line in quantizer.notes():
-            self.reporter.event(line, self.trainer.step)
-        self.outcome.quantized(self.evaluate())
-        self.reporter.event(self.outcome.line("quantized"), self.trainer.step)
-        self.trainer.phase = QUANTIZED
-        self.trainer.save()
-
-    def fold(self, quantizer: quantization.Quantizer) -> None:
-        """Fold norms for good: the model that is left must be the one that was simulated. Then round the biases."""
-        self.projection.project()
-        real = self.data.example(CHECKED)
-        quantizer.measure(*real)
-        with quantizer.float_activations():
-            simulated = _outputs(self.model, real)
-            quantizer.detach()
-            difference = verify(simulated, _outputs(self.model, real))
-        if not difference <= FOLD_TOLERANCE:
-            raise RuntimeError(
-                f"simulated and folded model differ by {difference:.3g} (relative), more than {FOLD_TOLERANCE:g}: "
-                "nothing is exported. The statistics of a BatchNorm are extreme; train on or exclude its layer."
-            )
-        quantization.round_biases(self.model)
-        self.outcome.folded(quantizer.results(), difference)
-
-    def fine_tune(self) -> None:
-        self.trainer.train(until=self.length.total_steps)
-
     def deliver(self) -> None:
         """Evaluate, export, check what was exported, write the summary and the report."""
         self.trainer.settle()
         if self.length.total_steps and not checkpoint.has(self.run_dir, self.trainer.step):
             self.trainer.save()  # so that whatever stops the delivery, training is done
-        if self.quantizer:
-            self.fold(self.quantizer)
-        metrics = self.evaluate()
-        if not (self.compressors or self.quantizer):  # training alone, with or without a teacher, or evaluation alone
-            self.outcome.before(self.model, metrics)
-        self.outcome.after(self.model, metrics)
+        self.projection.project()
+        for method in self.methods:
+            self.outcome.finished(method.finish(*self.data.example(CHECKED)))
+        self.outcome.after(self.model, self.evaluate())
         self.projection.finish()
         stored = distillation.write_store(self.config, self.model, self.data.train, self.augmentation)
         for name, number in stored.items():

@@ -230,13 +230,11 @@ def trained_on(run_dir: str, control: str) -> float:
         folder.mkdir(parents=True, exist_ok=True)
         own = job(str(folder), f"speedup.enabled={shrink}")
         rebuild = own.trainer.rebuild
-        if control == "moments dropped":
+        if control == "moments dropped" and shrink == "true":
             own.trainer.rebuild = lambda transform, rebuild=rebuild: rebuild(lambda moments: {})
-        if control == "moments not sliced":
+        if control == "moments not sliced" and shrink == "true":
             own.trainer.rebuild = lambda transform, rebuild=rebuild: rebuild(lambda moments: moments)
-        own.train_dense()
-        own.compress()
-        own.fine_tune()
+        own.train()
         own.reporter.close(finished=False)
         models.append({n: p.detach() for n, p in own.model.named_parameters()})
         plan = own.plan
@@ -278,7 +276,7 @@ def killed_while_it_searches(run_dir: str, *overrides: str) -> None:
     """A run that ends in the middle of its fourth measurement."""
     from dist_compress import run
 
-    original, count = run.Job.calibrate, [0]
+    original, count = run.Job.measure, [0]
 
     def dying(self: Any, num_samples: int) -> dict[str, float]:
         count[0] += 1
@@ -286,13 +284,13 @@ def killed_while_it_searches(run_dir: str, *overrides: str) -> None:
             raise Killed
         return original(self, num_samples)
 
-    run.Job.calibrate = dying
+    run.Job.measure = dying
     try:
         whole_run(run_dir, *overrides)
     except Killed:
         pass
     finally:
-        run.Job.calibrate = original
+        run.Job.measure = original
 
 
 def found(run_dir: Path) -> dict[str, Any]:

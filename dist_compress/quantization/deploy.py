@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from dist_compress import call_sites
 from dist_compress.config_list import is_activation
@@ -30,14 +31,13 @@ _KINDS = {kind.__name__: kind for kind in Granularity.__subclasses__()}
 _MOST = 2**30  # a bias of more units of its scale stays float
 
 
-def install(model: nn.Module, module: str, target: str, quantizer: FakeQuantize) -> None:
+def install(model: nn.Module, module: str, target: str, quantizer: FakeQuantize) -> RemovableHandle | None:
     """Let `quantizer` be a submodule of `module`: quantizer_input_0, quantizer_weight; one of an activation is called
-    in the data flow from now on."""
+    in the data flow from now on, until the handle takes it off again."""
     owner = model.get_submodule(module)
     owner.add_module(name_of(target), quantizer)
     quantizer.place = (module, target)
-    if is_activation(target):
-        replace(owner, target, quantizer, module)
+    return replace(owner, target, quantizer, module) if is_activation(target) else None
 
 
 def name_of(target: str) -> str:

@@ -19,7 +19,7 @@ from dist_compress.errors import UserError
 from dist_compress.quantization.affine import EPS, fake_quantize, in_range, qparams, simulate
 from dist_compress.quantization.apply_method import Own
 from dist_compress.quantization.dtypes import QuantDtype
-from dist_compress.quantization.granularity import Granularity, extent, rows, spread
+from dist_compress.quantization.granularity import Granularity, carried, extent, mixed, rows, spread
 from dist_compress.quantization.observer import Measured, Observer
 from dist_compress.quantization.search import STEPS
 
@@ -55,7 +55,7 @@ class FakeQuantize(nn.Module):
     def __init__(self, spec: Spec, shape: Sequence[int], options: Any, device: torch.device | str = "cpu") -> None:
         """`shape`: of the parameter, or of the activation on an example."""
         super().__init__()
-        self.spec, self.options = spec, options
+        self.spec, self.options, self.shape = spec, options, tuple(shape)
         self.place: tuple[str, str] = ("", "")  # (module, target) where it was installed
         scale_shape = (1,) if spec.granularity.dynamic else spec.granularity.scale_shape(shape)
         self.register_buffer("scale", torch.ones(scale_shape, device=device))
@@ -129,8 +129,34 @@ class FakeQuantize(nn.Module):
                 self.register_buffer("scale", value.detach().clamp(min=EPS))
         self.observer, self.hearing = None, False
 
+    def resize(self, shape: Sequence[int], members: torch.Tensor | None) -> None:
+        """The tensor was cut to `shape`: keep of each block what it has, be it buffer or parameter. `members` as in
+        `carried`; None: it is one block, as before. Local."""
+        self.shape, old = tuple(shape), self.scale.shape
+        if members is None:
+            return
+        new = self.spec.granularity.scale_shape(shape)
+        for name, tensor in [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]:
+            if tensor.shape == old:
+                cut = carried(tensor.detach(), members).view(new)
+                setattr(self, name, nn.Parameter(cut) if isinstance(tensor, nn.Parameter) else cut)
+        if self.observer is not None:
+            self.observer.resize(new, members)
+
+    def refit(self, weight: torch.Tensor, members: torch.Tensor) -> None:
+        """Take the ranges of blocks whose members come from several others from the parameter, unless they are learned.
+        After `resize`. Local."""
+        several = mixed(members).view_as(self.scale)
+        if isinstance(self.scale, nn.Parameter) or not bool(several.any()):
+            return
+        scale, zero_point = self.scale.clone(), self.zero_point.clone()
+        self.fit(weight)
+        self.scale.copy_(torch.where(several, self.scale, scale))
+        self.zero_point.copy_(torch.where(several, self.zero_point, zero_point))
+
     def fit(self, weight: torch.Tensor) -> None:
-        """Take the range of a parameter from it, before it is compressed. Local."""
+        """Take the range of a parameter from it, before it is compressed. Masked weights are zeros: they must not
+        count. Local."""
         self.set_range(*extent(weight.detach().float(), self.spec.granularity))
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ evaluation is exactly the folded layer. At the end the norm is folded for good a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.fx import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_compress.errors import UserError
+from dist_compress.quantization.fake_quant import FakeQuantize
 from dist_compress.sites import Sites
 from dist_compress.tracing.recorder import concrete_trace
 
@@ -154,6 +155,19 @@ class Fold:
         own = norm.running_mean.new_zeros(()) if layer.bias is None else layer.bias.detach()
         bias = (own - norm.running_mean).float() * self.factor().flatten()
         return bias if norm.bias is None else bias + norm.bias.detach()
+
+
+def compressing(quantizer: FakeQuantize, fold: Fold | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the projection makes of a masked weight."""
+
+    def compress(masked: torch.Tensor) -> torch.Tensor:
+        weight = masked if fold is None else fold.into(masked)
+        if quantizer.refits:
+            quantizer.fit(weight)
+        compressed = quantizer.compress(weight)
+        return compressed if fold is None else fold.out_of(compressed)
+
+    return compress
 
 
 @torch.no_grad()

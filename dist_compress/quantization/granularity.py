@@ -121,3 +121,26 @@ def spread(scale: torch.Tensor, shape: Sequence[int], granularity: Granularity) 
         if k not in (1, n):
             scale = scale.repeat_interleave(k, dim)
     return scale
+
+
+def block_numbers(shape: Sequence[int], granularity: Granularity) -> torch.Tensor:
+    """int32, of `shape` (expanded): the block that each element is in, counted as in the flattened scale."""
+    scale_shape = granularity.scale_shape(shape)
+    numbers = torch.arange(math.prod(scale_shape), dtype=torch.int32).view(scale_shape)
+    return spread(numbers, shape, granularity).expand(tuple(shape))
+
+
+def carried(values: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    """[blocks] of a tensor that was cut, from `values`, an entry for each block that it had. `members`: int64 [blocks,
+    elements of one], the block that each element was in. Where these were several, a mean; what is no floating point
+    number, of the first of them."""
+    values = values.flatten()
+    first = values[members[:, 0]]
+    if not values.is_floating_point() or not bool((several := mixed(members)).any()):
+        return first
+    return torch.where(several, values.double()[members].mean(1).to(values.dtype), first)
+
+
+def mixed(members: torch.Tensor) -> torch.Tensor:
+    """bool [blocks]: the elements of a block come from several."""
+    return (members != members[:, :1]).any(1)

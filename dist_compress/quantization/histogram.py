@@ -77,6 +77,17 @@ class Histogram(Observer):
         both = torch.tensor(found, dtype=torch.float32, device=self.device)
         return both[:, 0].view(self.num_blocks), both[:, 1].view(self.num_blocks)
 
+    def resize(self, num_blocks: Sequence[int], members: torch.Tensor) -> None:
+        """The counts of a block are those of all blocks that its elements were in."""
+        super().resize(num_blocks, members)
+        exponent = self.exponent[members].amax(1)
+        bins = torch.zeros(self.size, 2 * BINS, dtype=torch.int64, device=self.device)
+        for i, row in enumerate(members):
+            old = row.unique()
+            bins[i] = coarsen(self.bins[old], self.exponent[old], exponent[i].expand(len(old))).sum(0)
+        self.bins, self.exponent = bins, exponent
+        self._fresh()
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "bins": self.bins, "exponent": self.exponent}
 

@@ -89,6 +89,13 @@ class Observer:
         assert not self.empty, "nothing was observed"
         return self.low.view(self.num_blocks), self.high.view(self.num_blocks)
 
+    def resize(self, num_blocks: Sequence[int], members: torch.Tensor) -> None:
+        """Between two steps: the tensor was cut to `num_blocks` in each dim. `members`: int64 [blocks, elements of
+        one], the block that each element was in; a range holds those of all of them."""
+        self.num_blocks, self.size = tuple(num_blocks), len(members)
+        self.low, self.high = self.low[members].amin(1), self.high[members].amax(1)
+        self._extent = torch.full((2, self.size), NONE, device=self.device)
+
     def state_dict(self) -> dict[str, Any]:
         """Between two steps; the same on every rank."""
         return {"low": self.low, "high": self.high, "counts": self.counts}

@@ -1,67 +1,79 @@
 """The quantizer: puts fake quantizers on the targets, keeps their scales, and leaves a model that can be deployed.
 
     attach       modules for activations are hooked into the data flow; nothing is quantized yet
-    rounds       methods that change weights hear what layers are called with, and change them (preparing.py)
-    calibrate    forward passes are observed (training/calibration.py), float
-    begin        ranges are known: everything is quantized from here on
+    start        methods that change weights hear what layers are called with, and change them (preparing.py); forward
+                 passes are observed, float (`Context.calibrate`); then ranges are known, and `begin`
+    begin        everything is quantized from here on
     train        methods that train: each step is observed, and its ranges are those of the next
-    detach       norms are folded, weights are what integer kernels will hold
+    detach       the model is float again while its shrink is planned, made and verified
+    rebase       scales, what they follow and what is learned are sliced as the tensors were (shrinking.py)
+    reattach     everything is quantized again, and compared with what it was (agreement.py)
+    finish       norms are folded, weights are what integer kernels will hold
 
-Weights are compressed by projection, so between optimizer step and forward; their latents are trained. All observers
-share one MAX and one SUM collective a step. Scales are the same on every rank, whatever their number.
+Weights are compressed by projection, so between optimizer step and forward; their latents are trained. Masks come
+first: a masked weight is zero, which every range holds. All observers share one MAX and one SUM collective a step.
+Scales are the same on every rank, whatever their number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from dist_compress import comm
+from dist_compress import call_sites, comm
 from dist_compress.config import Config
 from dist_compress.config_list import overrides
 from dist_compress.duration import duration
 from dist_compress.errors import UserError
 from dist_compress.fingerprint import weights_fingerprint
-from dist_compress.method import Context, Method
-from dist_compress.quantization import cpu, fuse, preparing
+from dist_compress.method import Context, Listener, Method, Tensors
+from dist_compress.quantization import checks, cpu, fuse, preparing
+from dist_compress.quantization.agreement import Agreement, answer
 from dist_compress.quantization.config_list import build as build_quantizer
 from dist_compress.quantization.config_list import fake_quantize_class, resolve, spec_of
-from dist_compress.quantization.deploy import install
+from dist_compress.quantization.deploy import install, name_of, round_biases
 from dist_compress.quantization.fake_quant import FakeQuantize, Spec
-from dist_compress.quantization.heard import Heard
+from dist_compress.quantization.granularity import mixed
 from dist_compress.quantization.observer import reduce
-from dist_compress.quantization.setting import Setting
+from dist_compress.quantization.shrinking import Marks, Transform, follow, resize
 from dist_compress.quantization.table import Row, table
 from dist_compress.sites import Sites
+from dist_compress.tracing.verify import verify
+
+FOLD_TOLERANCE = 1e-4  # largest max|folded - simulated| / max|simulated| that may ship
 
 
-def build(config: Config) -> Quantizer | None:
+def build(config: Config) -> list[Method]:
     """The quantizer of the run, if any: all entries of the config list, whatever their methods."""
     wanted = config.quantization.method is not None or any(
         isinstance(entry, dict) and entry.get("method") is not None for entry in config.quantization.config_list
     )
-    return Quantizer(config) if wanted else None
+    return [Quantizer(config)] if wanted else []
 
 
 class Quantizer(Method):
-    """Targets by `quantization.config_list`. Attached late: when the model has its final shape."""
+    """Targets by `quantization.config_list`."""
+
+    compresses = False
+    adjective = "quantized"
 
     def __init__(self, config: Config) -> None:
         self.config = config.quantization
         self.calibrating = self.begun = False
         self.rows: list[Row] = []
         self.said: list[str] = []  # by methods that changed weights
+        self.difference: float | None = None  # of the quantized model, masked and shrunk
 
     def foresee(self, model: nn.Module, example: Any) -> dict[tuple[str, str], Spec]:
-        """{(module, target): how it will be quantized}, of a model that is not in its final shape yet. Local, the same
-        on every rank. Raises UserError for what is wrong with the configuration whatever the shape."""
         sites = Sites(model, *example)
         settings = resolve(self.config, model, sites)
-        return {(setting.module, setting.target): spec_of(setting, model, sites)[0] for setting in settings}
+        found = {(setting.module, setting.target): spec_of(setting, model, sites)[0] for setting in settings}
+        call_sites.hide(model, ())
+        return found
 
     def attach(self, context: Context) -> None:
         """Find the targets, fuse layers with their norms, hook the quantizers in. Collective. Raises UserError."""
@@ -73,15 +85,12 @@ class Quantizer(Method):
         if self.reduced is None:
             self.reduced = comm.on_rank0(cpu.needs_reduced_range) and "onnx" in context.config.export
         self.settings = resolve(self.config, model, sites, self.reduced)
-        self._check_methods()
+        checks.one_kind(self.settings)
         layers = [s.module for s in self.settings if s.target == "weight" and fake_quantize_class(s).folds]
         wanted = [names for s in self.settings for names in s.fuse_names]
         fused = comm.on_rank0(lambda: fuse.find(sites, layers, wanted))
         self.fused = {f.layer: f for f in fused}
-        self.folds = {
-            f.layer: fuse.Fold(model.get_submodule(f.layer), model.get_submodule(f.norm)) for f in fused if f.norm
-        }
-        self._check_norms()
+        checks.no_folded_norms(self.settings, fused)
         self.activations: dict[str, FakeQuantize] = {}
         self.parameters: dict[str, FakeQuantize] = {}
         for setting in self.settings:
@@ -89,61 +98,49 @@ class Quantizer(Method):
             where = setting.module
             if setting.target == "_output_0" and where in self.fused:
                 where = self.fused[where].last  # what the fused kernel puts out
+            quantizer.place = where, setting.target
             (self.activations if setting.is_activation else self.parameters)[setting.path] = quantizer
-            install(model, where, setting.target, quantizer)
         preparing.check(model, self.parameters)
-        self.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self.freeze = duration(
-            self.config.freeze, "quantization.freeze", context.total_steps, context.steps_per_epoch
-        )
+        if context.config.speedup.enabled:
+            checks.blocks(self.parameters, context.coupling, context.config.speedup.round_to)
+        self._install()
+        length = context.total_steps, context.steps_per_epoch
+        self.freeze = duration(self.config.freeze, "quantization.freeze", *length)
         self.step = 0
+
+    def _install(self) -> None:
+        """Put the quantizers into the model as it is now."""
+        model = self.context.model
+        self.folds = {
+            f.layer: fuse.Fold(model.get_submodule(f.layer), model.get_submodule(f.norm))
+            for f in self.fused.values()
+            if f.norm
+        }
+        self.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        handles = [install(model, *quantizer.place, quantizer) for quantizer in self._all().values()]
+        self.handles = [handle for handle in handles if handle is not None]
         self.hook = model.register_forward_pre_hook(self._begin_pass)
 
-    def _check_methods(self) -> None:
-        kinds = {setting.method: fake_quantize_class(setting).trains for setting in self.settings}
-        if len(set(kinds.values())) > 1:
-            late = " and ".join(name for name, trains in kinds.items() if not trains)
-            raise UserError(
-                f"quantization.config_list: methods {', '.join(kinds)} in one run: {late} quantizes a model whose "
-                "training is over, the others train with their scales. Use one kind."
-            )
-
-    def _check_norms(self) -> None:
-        """A norm that is folded is no tensor of the deployed model, nor is what goes into it."""
-        norms = {f.norm: f.layer for f in self.fused.values() if f.norm}
-        for setting in self.settings:
-            if setting.module in norms and setting.target != "_output_0":
-                raise UserError(
-                    f"{setting.sources['']}: {setting.path} is folded into {norms[setting.module]} and does not exist "
-                    "when the model is deployed. Leave it out; _output_0 is possible."
-                )
-
-    def begins_at(self, total_steps: int, steps_per_epoch: float, shrink: int | None) -> int:
-        """The step boundary of calibration and begin. `shrink`: that of the shrink, if any. Raises UserError."""
-        start = self.config.start
+    def start_step(self, shrink: int | None) -> int | None:
+        if self.begun:
+            return None
+        start, total_steps = self.config.start, self.context.total_steps
+        trains = any(quantizer.trains for quantizer in self._all().values())
         if start is None:
-            return (shrink or 0) if self._any_trains() else total_steps
-        step = duration(start, "quantization.start", total_steps, steps_per_epoch)
-        if step < total_steps and not self._any_trains():
+            return (shrink or 0) if trains else total_steps
+        step = duration(start, "quantization.start", total_steps, self.context.steps_per_epoch)
+        if step < total_steps and not trains:
             raise UserError(
                 f"quantization.start={start!r} is step {step} of {total_steps}, but the method is for a model whose "
                 "training is over. Leave it null, or choose one that trains, such as qat."
             )
-        if shrink is not None and step < shrink:
-            raise UserError(
-                f"quantization.start={start!r} is step {step}, before the model is shrunk at step {shrink}. Quantize "
-                "the small model: raise it, leave it null, or end pruning earlier."
-            )
+        if step < (shrink or 0):
+            checks.binary_later(self.parameters, f"quantization.start={start!r} is step {step}", shrink)
         if step > total_steps:
             raise UserError(f"quantization.start={start!r} is step {step}, but the run has {total_steps}. Lower it.")
         return step
 
-    def _any_trains(self) -> bool:
-        methods = [self.config.method, *(e.get("method") for e in self.config.config_list if isinstance(e, dict))]
-        sources = [Setting("", "", method=str(name)) for name in methods if name is not None]
-        return any(fake_quantize_class(setting).trains for setting in sources)
-
-    def rounds(self) -> Iterator[tuple[Heard | Quantizer, int]]:
+    def rounds(self) -> Iterator[tuple[Listener, int]]:
         """What has to be shown the calibration data before `begin`, one after the other, and how many global batches
         of it. Whatever changes weights has done so before the next is given out. Every step is collective."""
         for listener in preparing.rounds(self.context, self._all().values(), self.folds, self.said):
@@ -173,22 +170,28 @@ class Quantizer(Method):
         """All micro-batches of the step were counted. Collective: two collectives, or none without observers."""
         reduce([q.observer for q in self.activations.values() if q.observer is not None])
 
+    def start(self) -> list[str]:
+        """Calibrate and begin. Collective. Raises UserError."""
+        known = self.notes()
+        for listener, num_steps in self.rounds():
+            assert self.context.calibrate is not None
+            self.context.calibrate(listener, num_steps)
+        self.begin()
+        return [line for line in self.notes() if line not in known]
+
+    @torch.no_grad()
     def begin(self) -> None:
         """The calibration is over: quantize from here on. Collective. Raises UserError where nothing, or nothing
         finite, was seen, and for pruned weights of a dtype without a zero."""
-        masked = self.context.projection.masks()
-        for path, quantizer in self.parameters.items():
-            if quantizer.spec.dtype.is_binary and self.context.projection.owner(path) in masked:
-                raise UserError(
-                    f"{path}: quant_dtype=binary has no zero for its pruned weights. Prune channels that are shrunk "
-                    "away, exclude it from pruning, or choose another dtype such as int2."
-                )
+        projection = self.context.projection
+        checks.binary_whole(self.parameters, projection)
+        projection.project()  # with the masks: what they remove has no part in a range
         for path, quantizer in self.activations.items():
-            _check_observed(path, quantizer)
+            checks.observed(path, quantizer.observer)
             quantizer.begin()
-        with self.context.projection.lifted():
-            for path, quantizer in self.parameters.items():
-                quantizer.fit(self._folded(path))
+        for path, quantizer in self.parameters.items():
+            quantizer.fit(self._folded(path))
+        with projection.lifted():
             self._put_on()
         comm.check_equal("quantization scales", self.fingerprint(), self.step)
 
@@ -196,7 +199,7 @@ class Quantizer(Method):
         for quantizer in (*self.activations.values(), *self.parameters.values()):
             quantizer.enabled = True
         for path, quantizer in self.parameters.items():
-            self.context.projection.add(path, "quant", _compressing(quantizer, self._fold_of(path)))
+            self.context.projection.add(path, "quant", fuse.compressing(quantizer, self._fold_of(path)))
         self.begun = True
 
     def _fold_of(self, path: str) -> fuse.Fold | None:
@@ -204,9 +207,9 @@ class Quantizer(Method):
         return self.folds.get(module) if target == "weight" else None
 
     def _folded(self, path: str) -> torch.Tensor:
-        """The latent as it is quantized."""
-        latent, fold = self.context.projection.latent(path), self._fold_of(path)
-        return latent if fold is None else fold.into(latent)
+        """The latent as it is quantized: masked, and folded with the norm that the model has now."""
+        masked, fold = self.context.projection.before(path, "quant"), self._fold_of(path)
+        return masked if fold is None else fold.into(masked)
 
     def after_backward(self, step: int, micro: int) -> None:
         if self.begun:
@@ -250,11 +253,82 @@ class Quantizer(Method):
                 quantizer.enabled = True
 
     def measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Fill the table of tensors from one call of the model, before `detach`. Local, the same on every rank."""
+        """Fill the table of tensors from one call of the model, before `fold`. Local, the same on every rank."""
         self.rows = table(self.context.model, self.activations, self.parameters, self._folded, args, kwargs)
 
-    @torch.no_grad()
     def detach(self) -> None:
+        model, projection = self.context.model, self.context.projection
+        self.hook.remove()
+        if self.begun:
+            projection.project()
+            self.agreement = Agreement(model, self._example())
+        with projection.lifted():
+            for path in self.parameters:
+                projection.remove(path, "quant")
+        projection.project()
+        for handle in self.handles:
+            handle.remove()
+        for quantizer in self._all().values():
+            where, target = quantizer.place
+            delattr(model.get_submodule(where), name_of(target))
+        self.marks = Marks(model, self.activations)
+        self.calls = call_sites.describe(model)
+        call_sites.hide(model, {where for where, _ in self.marks.places.values()})
+
+    def added(self) -> list[str]:
+        return list(self.marks.names().values())
+
+    def rebase(self, transform: Transform) -> None:
+        model, owner = self.context.model, self.context.projection.owner
+        call_sites.restore(model, self.calls)
+        sites = Sites(model, *self._example())
+        shapes = {s.path: sites.site(s.module, s.target).shape for s in self.settings if s.is_activation}
+        self.members = resize(self.activations, self.marks.names(), shapes, transform)
+        self.marks.take_off()
+        shapes = {path: model.get_parameter(path).shape for path in self.parameters}
+        self.members |= resize(self.parameters, {path: owner(path) for path in shapes}, shapes, transform)
+
+    def follow(self, tensors: Tensors) -> Tensors:
+        return follow({path: self._all()[path] for path in self.members}, self.members, tensors)
+
+    @torch.no_grad()
+    def reattach(self) -> None:
+        self._install()
+        if not self.begun:
+            return
+        projection = self.context.projection
+        for path in self.members.keys() & self.parameters.keys():
+            self.parameters[path].refit(self._folded(path), self.members[path])
+        with projection.lifted():
+            self._put_on()
+        projection.project()
+        comm.check_equal("quantization scales", self.fingerprint(), self.step)
+        anew = any(bool(mixed(members).any()) for members in self.members.values())
+        changed = anew or self.context.config.speedup.norm == "plain"
+        self.difference = self.agreement.check(None if changed else self.context.config.speedup.tolerance)
+
+    def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        assert self.context.example is not None
+        return self.context.example
+
+    def finish(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Fold norms for good: the model that is left must be the one that was simulated. Then round the biases."""
+        model, call = self.context.model, (args, kwargs)
+        self.measure(args, kwargs)
+        with self.float_activations():
+            simulated = answer(model, call)
+            self.fold()
+            difference = verify(simulated, answer(model, call))
+        if not difference <= FOLD_TOLERANCE:
+            raise RuntimeError(
+                f"simulated and folded model differ by {difference:.3g} (relative), more than {FOLD_TOLERANCE:g}: "
+                "nothing is exported. The statistics of a BatchNorm are extreme; train on or exclude its layer."
+            )
+        round_biases(model)
+        return {**self.results(), "verify/folded_max_rel_diff": difference}
+
+    @torch.no_grad()
+    def fold(self) -> None:
         """Fold the norms and leave the quantized weights in the model; activations stay quantized."""
         model, projection = self.context.model, self.context.projection
         projection.project()
@@ -284,14 +358,8 @@ class Quantizer(Method):
 
     def notes(self) -> list[str]:
         why = "quantization.reduce_range=true" if self.config.reduce_range else "this CPU has no int8 dot products"
-        cut = [
-            f"{path}: what is negative becomes 0, {q.spec.dtype.name} begins there and {q.cut_off:.3g} was seen. "
-            "Choose a signed dtype, or a method with a zero point such as lsq_plus"
-            for path, q in self._all().items()
-            if q.cut_off < 0
-        ]
         bits = [f"int8 weights have 7 bits: {why}"] if self.reduced else []
-        return [*overrides(self.settings), *self.said, *bits, *cut]
+        return [*overrides(self.settings), *self.said, *bits, *checks.cut_off(self._all())]
 
     def metrics(self) -> dict[str, float]:
         bad = sum(int(q.observer.counts[1]) for q in self.activations.values() if q.observer is not None)
@@ -304,48 +372,25 @@ class Quantizer(Method):
         return [f"{path}.{name}" for path, m in modules for name in m._parameters]
 
     def results(self) -> dict[str, Any]:
-        return {"quantization": self.rows, "fingerprint/scales": self.fingerprint()}
+        """`quantization`: a row for each target; `fingerprint/scales`; `verify/quantized_max_rel_diff` of masked and
+        shrunk model, where they were quantized."""
+        shrunk = {} if self.difference is None else {"verify/quantized_max_rel_diff": self.difference}
+        return {"quantization": self.rows, "fingerprint/scales": self.fingerprint(), **shrunk}
 
     def state_dict(self) -> dict[str, Any]:
         """Collective. Scales are in the state of the model; here is what they follow."""
         comm.check_equal("quantization scales", self.fingerprint(), self.step)
         observed = {path: q.observer.state_dict() for path, q in self.activations.items() if q.observer is not None}
-        return {"observers": observed, "step": self.step}
+        observed = observed if self.begun else {}
+        return {"begun": self.begun, "observers": observed, "step": self.step, "difference": self.difference}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = int(state["step"])
+        self.step, self.difference = int(state["step"]), state["difference"]
+        if not state["begun"]:
+            return
         for path, quantizer in self.activations.items():
             if path in state["observers"] and quantizer.observer is not None:
                 quantizer.observer.load_state_dict(state["observers"][path])
             else:
                 quantizer.observer = None  # its scale is learned
         self._put_on()
-
-
-def _compressing(quantizer: FakeQuantize, fold: fuse.Fold | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    def compress(latent: torch.Tensor) -> torch.Tensor:
-        weight = latent if fold is None else fold.into(latent)
-        if quantizer.refits:
-            quantizer.fit(weight)
-        compressed = quantizer.compress(weight)
-        return compressed if fold is None else fold.out_of(compressed)
-
-    return compress
-
-
-def _check_observed(path: str, quantizer: FakeQuantize) -> None:
-    """The same on every rank, from reduced counts."""
-    observer = quantizer.observer
-    if observer is None:
-        return
-    seen, bad = observer.counts.tolist()
-    if bad:
-        raise UserError(
-            f"{path}: {bad} of {seen} values are NaN or infinite on the calibration data. The model or the data is "
-            "broken; look at the float model first."
-        )
-    if observer.empty:
-        raise UserError(
-            f"{path}: no calibration data reached it ({seen} values seen). Raise quantization.calibration_steps, or "
-            "exclude the module."
-        )

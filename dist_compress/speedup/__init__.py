@@ -13,9 +13,9 @@ from dist_compress.speedup.planning import plan
 from dist_compress.speedup.rule import Rule
 from dist_compress.speedup.settings import Settings
 from dist_compress.speedup.shards import apply_to_shard
-from dist_compress.speedup.verify import verify
 from dist_compress.speedup.whole import Report, speedup
 from dist_compress.tracing import concrete_trace
+from dist_compress.tracing.verify import verify
 
 __all__ = [
     "Barrier",

@@ -14,7 +14,7 @@ from dist_compress.speedup.first_difference import first_difference
 from dist_compress.speedup.fresh import Inputs, cast, run, variants
 from dist_compress.speedup.masking import duplicate
 from dist_compress.speedup.plan import Plan
-from dist_compress.speedup.verify import verify
+from dist_compress.tracing.verify import verify
 
 
 @dataclass(frozen=True)

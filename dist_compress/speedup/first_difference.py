@@ -13,8 +13,8 @@ from dist_compress.speedup.plan import Plan
 from dist_compress.speedup.propagation import propagate
 from dist_compress.speedup.settings import Settings
 from dist_compress.speedup.structure import Structure
-from dist_compress.speedup.verify import verify
 from dist_compress.tracing import Ref, Trace, trace
+from dist_compress.tracing.verify import verify
 
 
 def first_difference(

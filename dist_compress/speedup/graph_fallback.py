@@ -22,8 +22,8 @@ from dist_compress.speedup.keep import Keep
 from dist_compress.speedup.masking import copied, tensors_of
 from dist_compress.speedup.plan import GraphRewrite, Plan, encode
 from dist_compress.speedup.structure import Structure
-from dist_compress.speedup.verify import verify
 from dist_compress.tracing.untouched import untouched
+from dist_compress.tracing.verify import verify
 
 _TOLERANCE = 1e-3  # of one module, in its own dtype; the rehearsal of the whole model is the judge
 

@@ -19,9 +19,9 @@ from dist_compress.speedup.graph_align import Aligned, Interpreter
 from dist_compress.speedup.graph_literals import Call, Changes, Kept, changed, changes_of, literal_paths, name_of
 from dist_compress.speedup.keep import Keep
 from dist_compress.speedup.structure import Structure
-from dist_compress.speedup.verify import verify
 from dist_compress.tracing import Ref
 from dist_compress.tracing.untouched import untouched
+from dist_compress.tracing.verify import verify
 
 
 class Kepts:

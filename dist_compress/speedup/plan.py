@@ -99,6 +99,7 @@ class Plan:
     def save(self, folder: str | Path) -> None:
         """Write plan.json and plan.safetensors. Rank 0 only."""
         folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         tensors = _indices(self) | {f"bias/{fqn}": value for fqn, value in self.bias.items()}
         graphs = {
             fqn: {

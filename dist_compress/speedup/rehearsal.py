@@ -26,9 +26,9 @@ from dist_compress.speedup.plan import Plan
 from dist_compress.speedup.rules import rule_of
 from dist_compress.speedup.same_moves import moves_alike
 from dist_compress.speedup.structure import Structure
-from dist_compress.speedup.verify import verify
 from dist_compress.speedup.wrong_rule import check_user_rules
 from dist_compress.tracing import ModuleCall, Op, Ref, Trace, TraceError, trace
+from dist_compress.tracing.verify import verify
 
 _COUNTED = (Move, View, Convolution, GroupNorm)  # rules of ops whose numbers are sizes or follow them
 _COPIES = ("clone", "contiguous", "alias", "detach")

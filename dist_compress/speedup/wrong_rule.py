@@ -10,8 +10,8 @@ from dist_compress.speedup.keep import Keep
 from dist_compress.speedup.propagation import propagate
 from dist_compress.speedup.rules import rule_of
 from dist_compress.speedup.structure import Structure
-from dist_compress.speedup.verify import verify
 from dist_compress.tracing import Ref, Trace
+from dist_compress.tracing.verify import verify
 
 
 def check_user_rules(recorded: Trace, again: Trace, s: Structure, keep: Keep, tolerance: float) -> None:

@@ -6,23 +6,12 @@ stream, without augmentation.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
 from dist_compress import comm
+from dist_compress.method import Listener
 from dist_compress.training.evaluation import autocast, call
 from dist_compress.training.loop import Trainer
-
-
-class Listener(Protocol):
-    calibrating: bool
-
-    def count_pass(self) -> None:
-        """A forward pass of this rank has ended. Local."""
-
-    def end_step(self) -> None:
-        """The step has ended on this rank. Collective."""
 
 
 @torch.no_grad()

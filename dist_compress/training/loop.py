@@ -106,7 +106,7 @@ class Trainer:
         """Returns the step's loss and metrics, means over the global batch, the same on every rank."""
         step = self.step
         means = self._gradients(step)
-        for method in self.methods:
+        for method in reversed(self.methods):
             method.before_step(step)
         self.projection.edit_gradients()
         if self.config.train.clip_norm is not None:

@@ -28,7 +28,7 @@ HELD_OUT = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(8))
 def delivered(model=None, example=EXAMPLE, **config):
     model = model or net()
     quantizer = calibrated(model, example, **{"method": "ptq", **config})
-    quantizer.detach()
+    quantizer.fold()
     round_biases(model)
     return model.eval()
 

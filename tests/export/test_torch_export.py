@@ -26,7 +26,7 @@ HELD_OUT = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(8))
 def delivered(**config):
     model = net()
     quantizer = calibrated(model, **{"method": "ptq", **config})
-    quantizer.detach()
+    quantizer.fold()
     round_biases(model)
     return model.eval()
 

@@ -42,7 +42,7 @@ class Tokens(nn.Module):
 
 
 def delivered(model, example, *entries, **config):
-    calibrated(model, example, method="ptq", config_list=list(entries), **config).detach()
+    calibrated(model, example, method="ptq", config_list=list(entries), **config).fold()
     round_biases(model)
     return model.eval()
 

@@ -89,7 +89,7 @@ def test_the_gradient_of_a_weight_is_the_users_by_projection(write):
     F.cross_entropy(F.linear(hidden[0], compressed, model.linear.bias), torch.arange(2)).backward()
     torch.testing.assert_close(model.linear.weight.grad, latent.grad)
     torch.testing.assert_close(model.linear.weight.data, compressed.detach())
-    quantizer.detach()
+    quantizer.fold()
     torch.testing.assert_close(convert.convert(model)(EXAMPLE), model(EXAMPLE))
 
 

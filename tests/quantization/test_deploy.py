@@ -16,7 +16,7 @@ from dist_compress.quantization.deploy import quantizers
 def delivered(**config) -> nn.Module:
     model = net()
     quantizer = calibrated(model, **{"method": "qat", **config})
-    quantizer.detach()
+    quantizer.fold()
     round_biases(model)
     return model.eval()
 

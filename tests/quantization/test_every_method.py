@@ -108,7 +108,7 @@ def run(method: str, micro: int) -> tuple[list[list[str]], dict[str, float], lis
     passes = len(seen)
     quantizer.measure(*trainer.data.example(4))
     loss = trainer.evaluate()
-    quantizer.detach()
+    quantizer.fold()
     assert not [n for n, _ in trainer.model.named_parameters() if "quantizer" in n]  # nothing is left to learn
     assert abs(trainer.evaluate()["loss"] - loss["loss"]) < 1e-3  # folded, it is the same model
     return found, loss, [passes]

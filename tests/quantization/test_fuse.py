@@ -85,7 +85,7 @@ def test_the_folded_net_is_the_simulated_one():
     x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(4))
     with torch.no_grad(), quantizer.float_activations():
         simulated = model(x)
-        quantizer.detach()
+        quantizer.fold()
         torch.testing.assert_close(model(x), simulated, atol=1e-5, rtol=1e-5)
     assert [type(m) for m in (model.bn1, model.bn2)] == [Folded, Folded]
     for name in ("conv1", "conv2", "linear"):
@@ -122,7 +122,7 @@ def test_the_output_of_a_fused_layer_is_that_of_the_last():
     assert quantizer.activations["conv2._output_0"].place == ("bn2", "_output_0")
     with torch.no_grad():
         before = model.eval()(EXAMPLE)
-        quantizer.detach()
+        quantizer.fold()
         torch.testing.assert_close(model(EXAMPLE), before, atol=0.05, rtol=0.05)
         model.bn2.quantizer_output_0.scale.mul_(100)  # still in the flow behind the folded norm
         assert not torch.allclose(model(EXAMPLE), before, atol=0.05, rtol=0.05)

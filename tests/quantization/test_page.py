@@ -30,8 +30,7 @@ EXAMPLES = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 def test_examples_attach(number):
     loaded = config.load(yaml.safe_load(EXAMPLES[number]))
     model = models.build(loaded.model, 10, 0)
-    quantizer = quantization.build(loaded)
-    assert quantizer is not None
+    (quantizer,) = quantization.build(loaded)
     example = ((torch.randn(2, 3, 16, 16),), {})
     quantizer.attach(Context(loaded, model, Projection(model), Coupling(), 1, 1, 1.0, example))
     assert len(quantizer.parameters) == 20 if number else len(quantizer.activations) == 39

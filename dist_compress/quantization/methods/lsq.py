@@ -1,9 +1,9 @@
 """Learned step size quantization (Esser et al. 2020, arXiv:1902.08153): the scale is a parameter of the model.
 
 Begins at 2 * mean(abs(x)) / sqrt(quant_max), the mean over the calibration (activations, from the histogram) or over
-the weight. The gradient of the scale is divided by sqrt(n * quant_max), n: the weights that share a scale, or the
-features of one sample, so that it does not depend on batches or ranks. No zero point: an unsigned dtype is for tensors
-without negative values.
+the weights that are not zero. The gradient of the scale is divided by sqrt(n * quant_max), n: the weights that share a
+scale, or the features of one sample, so that it does not depend on batches or ranks. No zero point: an unsigned dtype
+is for tensors without negative values.
 """
 
 from __future__ import annotations
@@ -38,12 +38,19 @@ class Lsq(FakeQuantize):
         if spec.granularity.dynamic or spec.dtype.is_float:
             raise UserError("a scale of integers is learned: neither per_token nor fp8. Choose ptq or qat for those.")
         super().__init__(spec, shape, options, device)
-        blocks = self.zero_point.numel()
         self._buffers.pop("scale")
         first = torch.ones(self.zero_point.shape, device=device)
         self.register_parameter("scale", nn.Parameter(first))
+        self.gain = self._gain()
+
+    def _gain(self) -> float:
+        spec, shape = self.spec, self.shape
         values = math.prod(shape[1:]) * (1 if spec.is_activation else shape[0])  # of one sample
-        self.gain = 1 / math.sqrt(max(1, values // blocks) * spec.dtype.quant_max)
+        return 1 / math.sqrt(max(1, values // self.zero_point.numel()) * spec.dtype.quant_max)
+
+    def resize(self, shape: Sequence[int], members: torch.Tensor | None) -> None:
+        super().resize(shape, members)
+        self.gain = self._gain()
 
     def new_observer(self, shape: Sequence[int], device: torch.device | str) -> Observer:
         return histogram.Histogram(self.spec.granularity, shape, device, _mean_range(self.spec))
@@ -59,7 +66,9 @@ class Lsq(FakeQuantize):
         pass
 
     def fit(self, weight: torch.Tensor) -> None:
-        self._set_scale(_first_scale(rows(weight.detach(), self.spec.granularity).abs().double().mean(1), self.spec))
+        size = rows(weight.detach(), self.spec.granularity).abs().double()
+        mean = size.sum(1) / (size > 0).sum(1).clamp(min=1)  # of the weights that are not masked
+        self._set_scale(_first_scale(mean, self.spec))
 
     def _set_scale(self, scale: torch.Tensor) -> None:
         with torch.no_grad():

@@ -55,7 +55,10 @@ class LsqPlus(Lsq):
 
     def fit(self, weight: torch.Tensor) -> None:
         cut = rows(weight.detach(), self.spec.granularity).double()
-        mean, three = cut.mean(1), 3 * cut.std(1, correction=0)
+        kept = cut != 0  # the weights that are not masked
+        count = kept.sum(1).clamp(min=1)
+        mean = cut.sum(1) / count
+        three = 3 * (torch.where(kept, cut - mean[:, None], 0.0).square().sum(1) / count).sqrt()
         self._set_scale(torch.maximum((mean - three).abs(), (mean + three).abs()) / (self.spec.dtype.num_levels / 2))
 
     @torch.no_grad()

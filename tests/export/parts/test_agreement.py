@@ -32,7 +32,7 @@ class Tagger(nn.Module):
 @pytest.fixture(scope="module")
 def tagger():
     model = Tagger()
-    calibrated(model, torch.randn(2, 5, 8), method="ptq").detach()
+    calibrated(model, torch.randn(2, 5, 8), method="ptq").fold()
     return model.eval()
 
 
@@ -67,7 +67,7 @@ def test_the_top_of_every_token_counts_but_those_masked():
     with torch.no_grad():
         model.fc.weight.zero_()
         model.fc.bias.copy_(torch.tensor([1.0, 0.99, 0.0, 0.0]))
-    calibrated(model, torch.randn(2, 5, 8), method="ptq").detach()
+    calibrated(model, torch.randn(2, 5, 8), method="ptq").fold()
     swapped = altered(model, lambda found: found["logits"][:, -1, :2].copy_(torch.tensor([0.99, 1.0])))
     only_logits = lambda call: {"logits": swapped(call)["logits"]}  # noqa: E731
     mask = torch.ones(40, 5, dtype=torch.long)

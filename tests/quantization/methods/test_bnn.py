@@ -65,7 +65,7 @@ def test_described_rebuilt_and_refused_by_onnx():
     model = net()
     quantizer = calibrated(model, method="bnn")
     wanted = model.eval()(EXAMPLE).detach()
-    quantizer.detach()
+    quantizer.fold()
     deploy.round_biases(model)
     assert "quantizer_bias" not in dict(model.linear.named_children())  # no units of signs
     described = deploy.describe(model)
@@ -84,7 +84,7 @@ def test_binary_weights_alone_are_held_by_the_integer_export():
     model = net()
     entry = {"op_types": ["Conv2d"], "target_names": ["weight"]}
     quantizer = calibrated(model, method="bnn", config_list=[entry])
-    quantizer.detach()
+    quantizer.fold()
     converted = convert.convert(model)
     assert converted.conv1.parametrizations.weight.original.dtype == torch.int8
     torch.testing.assert_close(converted(EXAMPLE), model.eval()(EXAMPLE))

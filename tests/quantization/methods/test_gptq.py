@@ -129,7 +129,7 @@ def test_what_is_delivered_are_the_integers_that_were_solved_for():
     quantizer.context.projection.project()
     for path, weight in held.items():
         assert torch.equal(model.get_parameter(path), weight)
-    quantizer.detach()
+    quantizer.fold()
     for path, q in quantizer.parameters.items():
         weight, scale = model.get_parameter(path).detach(), q.scales_for(held[path])[0]
         assert torch.equal(weight, held[path]) and torch.equal(q.compress(weight), weight)

@@ -103,7 +103,7 @@ def test_what_is_delivered_has_buffers_only_and_computes_the_same():
     model = net()
     quantizer = calibrated(model, method="lsq_plus", config_list=LIST)
     wanted = model.eval()(EXAMPLE).detach()
-    quantizer.detach()
+    quantizer.fold()
     source = model.conv1.quantizer_input_0
     assert not list(source.parameters()) and {"scale", "zero_point"} == set(source.state_dict())
     torch.testing.assert_close(model(EXAMPLE), wanted, atol=1e-5, rtol=1e-5)

@@ -65,7 +65,7 @@ def test_clip_begins_at_the_largest_value_and_decays():
         source.clip.fill_(3.0)
     quantizer.after_step(0)
     assert source.scale.item() == pytest.approx(0.2) and int(source.zero_point) == 0
-    quantizer.detach()
+    quantizer.fold()
     assert not list(source.parameters()) and source.scale.item() == pytest.approx(0.2)
 
 

@@ -30,7 +30,7 @@ def test_groups_by_hand():
     assert list(quantizer.parameters) == ["0.weight"] and not quantizer.activations
     torch.testing.assert_close(quantizer.parameters["0.weight"].scale, torch.tensor([[0.1, 0.5]]))
     held = model[0].weight.detach().clone()
-    quantizer.detach()
+    quantizer.fold()
     assert torch.equal(model[0].weight, held)
 
 

@@ -1,0 +1,96 @@
+"""Masked and shrunk agree when they are quantized, too: the same scales, and sums over fewer zeros.
+
+Sums in another order differ in their last bits, and where a value lies between two levels that is a whole level. In
+float64 this does not happen (a tie within 1e-16), so there both models must give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from dist_compress import comm
+from dist_compress.tracing.untouched import untouched
+from dist_compress.tracing.verify import verify
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Agreement:
+    """What the masked model answers, before it is shrunk in place. Rank 0 holds it. Collective."""
+
+    def __init__(self, model: nn.Module, example: Call) -> None:
+        self.model, self.example = model, example
+        self.answers: list[Any] | None = None
+        comm.on_rank0(self._remember)
+
+    def _remember(self) -> None:
+        self.answers = outputs(self.model, self.example)
+
+    def check(self, tolerance: float | None) -> float | None:
+        """max|shrunk - masked| / max|masked|, the same on every rank; None where the model does not run in float64.
+        Raises RuntimeError if it is above `tolerance`; None: scales differ, so this is no law. Collective."""
+        difference = comm.on_rank0(self._difference)
+        if difference is not None and tolerance is not None and not difference <= tolerance:
+            raise RuntimeError(
+                f"masked and shrunk model differ by {difference:.3g} (relative) when they are quantized, with the same "
+                f"scales and in float64: more than speedup.tolerance={tolerance:g}. Nothing is exported."
+            )
+        return difference
+
+    def _difference(self) -> float | None:
+        answers = None if self.answers is None else outputs(self.model, self.example)
+        return None if answers is None else verify(self.answers, answers)
+
+
+def answer(model: nn.Module, call: Call) -> Any:
+    """In evaluation mode. Local; the model stays as it is."""
+    args, kwargs = call
+    with untouched(model):
+        return model(*args, **kwargs)
+
+
+def outputs(model: nn.Module, example: Call) -> list[Any] | None:
+    """What the model answers to the example and to noise like it, in float64, on the CPU; None if it does not run in
+    float64. Local; the model stays as it is."""
+    try:
+        with _in_float64(model):
+            return [_on_cpu(answer(model, call)) for call in (_double(example), _noise(example))]
+    except (RuntimeError, TypeError, ValueError):  # code that makes tensors of a type of its own
+        return None
+
+
+@contextmanager
+def _in_float64(model: nn.Module) -> Iterator[None]:
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    held = [t.data for t in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.double()
+        yield
+    finally:
+        for tensor, data in zip(tensors, held, strict=True):
+            tensor.data = data
+
+
+def _double(nest: Any) -> Any:
+    return _map(nest, lambda t: t.double())
+
+
+def _noise(nest: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    return _map(nest, lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device))
+
+
+def _on_cpu(nest: Any) -> Any:
+    return tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, nest)
+
+
+def _map(nest: Any, fn: Any) -> Any:
+    """`fn` of every floating point tensor."""
+    return tree_map(lambda t: fn(t) if isinstance(t, torch.Tensor) and t.is_floating_point() else t, nest)
