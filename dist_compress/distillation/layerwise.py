@@ -4,7 +4,8 @@ What a method of this kind adds is how two tensors are compared; here is where t
 brought together, and what happens to them when the student shrinks.
 
 Channels are dim 1 of images [n, C, H, W] and the last dim of anything else. Images of two sizes meet at the smaller one
-(average pooling). Everything but `rebase` is local, the same on every rank.
+(average pooling). Of text, [n, tokens, C], only tokens that count are compared (distillation/tokens.py). Everything but
+`rebase` is local, the same on every rank.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dist_compress.distillation.losses import Divergence, divergence
 from dist_compress.distillation.targets import AUTO, Setting
 from dist_compress.distillation.teacher import OnlineTeacher, Teacher
 from dist_compress.distillation.term import Moment, Term
+from dist_compress.distillation.tokens import Tokens, tokens_of
 from dist_compress.distillation.translators import Translators
 from dist_compress.errors import UserError
 from dist_compress.method import Context
@@ -82,8 +84,17 @@ class LayerTerm(Term):
         self.kept: torch.Tensor | None = None  # int64, the channels that a shrink left; None: all
 
     def compare(self, student: torch.Tensor, teacher: torch.Tensor, moment: Moment) -> torch.Tensor:
-        """[n], of each sample, from hidden states of one width and size."""
+        """[n], of each sample (of text: of each token that counts, [n, C]), from hidden states of one width and
+        size."""
         return self.compared_by(student, teacher, moment.temperature)
+
+    def compare_tokens(
+        self, student: torch.Tensor, teacher: torch.Tensor, moment: Moment, tokens: Tokens
+    ) -> torch.Tensor:
+        """A scalar, from hidden states [n, tokens, C] of text."""
+        if not bool(tokens.valid.any()):
+            return 0.0 * student.sum()
+        return (self.compare(student[tokens.valid], teacher[tokens.valid], moment) * tokens.each()).sum()
 
     def join(self, context: Context, teacher: Teacher, sites: Sites, translators: Translators) -> None:
         """Find both sides and put the hooks there. Raises UserError naming the place in the config."""
@@ -96,6 +107,7 @@ class LayerTerm(Term):
         self.model, self.site = context.model, sites.site(setting.module, setting.target)
         self.tap = Tap(training=True)
         self.handle = see(context.model.get_submodule(setting.module), setting.target, self.tap, setting.path)
+        self._refuse_maps_of_tokens(context.example[1], where)
         args, kwargs = tree_map(teacher.cast, context.example)
         theirs = Sites(teacher.model, args, kwargs)
         if len(setting.links) > self.most_links:
@@ -104,6 +116,14 @@ class LayerTerm(Term):
         for linked in self.linked:
             self._fit(linked, translators, where)
         self.translators = translators
+
+    def _refuse_maps_of_tokens(self, inputs: dict[str, Any], where: str) -> None:
+        ids, shape = inputs.get("input_ids"), self.site.shape
+        if isinstance(ids, torch.Tensor) and ids.dim() == 2 and len(shape) == 4 and ids.shape[1] in shape[1:3]:
+            raise UserError(
+                f"{where}: {self.setting.path} is {list(shape)}: padding tokens would count in it. Compare what is "
+                "[samples, tokens, channels], such as the output of a layer."
+            )
 
     def _link(self, name: str, model: nn.Module, sites: Sites, where: str) -> Linked:
         modules = dict(model.named_modules())
@@ -145,7 +165,7 @@ class LayerTerm(Term):
             )
 
     def loss(self, moment: Moment, batch: dict[str, Any], output: Any, answer: Any) -> torch.Tensor:
-        own = self.tap.take(self.setting.path)
+        own, tokens = self.tap.take(self.setting.path), tokens_of(batch)
         if self.kept is LOST and self.needs_channels:
             self._say_lost()
             return 0.0 * own.sum()
@@ -157,7 +177,10 @@ class LayerTerm(Term):
                 student = translated(student, weight if self.kept is None else weight[:, self.kept])
             elif self.kept is not None and self.needs_channels:
                 teacher = teacher.index_select(channel_dim(teacher.shape), self.kept)
-            sums.append(self.compare(student, teacher, moment).sum())
+            if tokens is not None and tokens.of(student) and tokens.of(teacher):
+                sums.append(self.compare_tokens(student, teacher, moment, tokens))
+            else:
+                sums.append(self.compare(student, teacher, moment).sum())
         return self.setting.lambda_ * self.chosen(torch.stack(sums))
 
     def _say_lost(self) -> None:

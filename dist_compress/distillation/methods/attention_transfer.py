@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from dist_compress.distillation.layerwise import LayerTerm, channel_dim
 from dist_compress.distillation.term import Moment
+from dist_compress.distillation.tokens import Tokens
 from dist_compress.errors import UserError
 
 
@@ -28,6 +29,13 @@ class AttentionTransfer(LayerTerm):
         if student.dim() < 3:
             raise UserError(f"distillation: {self.setting.path} is {list(student.shape)}: no positions to attend to.")
         return (attention(student) - attention(teacher)).square().sum(1)
+
+    def compare_tokens(
+        self, student: torch.Tensor, teacher: torch.Tensor, moment: Moment, tokens: Tokens
+    ) -> torch.Tensor:
+        """The maps of the tokens that count, for each of them."""
+        own, theirs = (x.masked_fill(~tokens.valid[:, :, None], 0) for x in (student, teacher))
+        return (self.compare(own, theirs, moment) * tokens.weight * tokens.valid.sum(1)).sum()
 
 
 def attention(x: torch.Tensor) -> torch.Tensor:

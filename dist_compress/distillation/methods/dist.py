@@ -31,6 +31,8 @@ class Dist(LogitTerm):
     def loss(self, moment: Moment, batch: dict[str, Any], output: Any, answer: Any) -> torch.Tensor:
         own, theirs, valid = self.both(moment, batch, output, answer)
         assert isinstance(theirs, torch.Tensor)
+        if not bool(valid.any()):
+            return 0.0 * own.sum()
         s, t = ((x[valid].float() / moment.temperature).softmax(1) for x in (own, theirs))
         inter, intra = (1 - correlation(s, t)).sum(), len(s) * (1 - correlation(s.T, t.T)).mean()
         scale = moment.temperature**2 if self.options.tau_squared else 1.0
