@@ -1,7 +1,7 @@
 """What a teacher is worth to a small language model: a Llama is cut once and trained on for the same steps, with the
 dense model as its teacher and without, with several seeds.
 
-    python benchmarks/distill_llama.py [--teacher model.safetensors] [--seeds 3] [--steps 150] [--ratio 0.6]
+    python benchmarks/distill_llama.py [--teacher model.safetensors] [--seeds 3] [--steps 120] [--ratio 0.6]
 
 Without --teacher, the dense model is trained first (+recipe=llama_teacher). The cut is by magnitude, before the first
 step, so that every run goes on from the same small model; seeds change the order of the data. One rank, one thread.
@@ -34,7 +34,7 @@ def run(run_dir: Path, *overrides: str) -> dict[str, float]:
 
 
 def row(name: str, values: list[float]) -> str:
-    error = statistics.stdev(values) / len(values) ** 0.5
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return f"| {name} | {statistics.mean(values):.3f} | {error:.3f} | {', '.join(f'{v:.3f}' for v in values)} |"
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--teacher")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--ratio", type=float, default=0.6)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

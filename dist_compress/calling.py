@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from dist_compress.errors import UserError
 
 IGNORED = -100  # the target of a token that does not count
 
@@ -15,6 +18,54 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, dict) else model(inputs)
 
 
-def logits(output: Any) -> torch.Tensor:
-    """The logits [n, classes] of a plain tensor, a Hugging Face output or a torchvision namedtuple."""
+def logits(output: Any) -> Any:
+    """The logits [n, classes] (of text [n, tokens, vocabulary]) of a plain tensor, a Hugging Face output or a
+    torchvision namedtuple; Headless in an output of `call_headless`."""
     return output if isinstance(output, torch.Tensor) else output.logits
+
+
+@dataclass
+class Headless:
+    """In place of logits, what they would be made of: hidden @ weight.T + bias. The fields are part of the graph of the
+    forward pass, where DistributedDataParallel looks for what was used."""
+
+    hidden: torch.Tensor  # [n, tokens, H]
+    weight: torch.Tensor  # [V, H]
+    bias: torch.Tensor | None  # [V]
+    num_correct: torch.Tensor | None = None  # of the targets, once counted
+
+
+def call_headless(model: nn.Module, inputs: Any, key: str) -> Any:
+    """Call `model` but for its output layer; the logits of the answer are a Headless. Raises UserError naming `key`
+    when it has no output layer of its own, or does more than return what the layer makes."""
+    head = output_layer(model, key)
+    if head._forward_hooks:
+        raise UserError(f"{key}=true: the output of the last layer is a target itself. Leave it out, or set false.")
+
+    def forward(hidden: torch.Tensor) -> Headless:
+        return Headless(hidden, head.weight.view_as(head.weight), head.bias)
+
+    head.forward = forward  # type: ignore[method-assign]
+    try:
+        output = call(model, inputs)
+    except (TypeError, AttributeError) as error:
+        if "Headless" not in str(error):
+            raise
+        name = type(getattr(model, "module", model)).__name__
+        raise UserError(f"{key}=true: {name} changes its logits after the output layer ({error}). Set false.") from None
+    finally:
+        del head.forward
+    return output
+
+
+def output_layer(model: nn.Module, key: str) -> nn.Linear:
+    """The layer that makes the logits, found as Hugging Face models tell it. Raises UserError naming `key`."""
+    own = model if hasattr(model, "get_output_embeddings") else getattr(model, "module", model)  # wrapped by DDP
+    find: Any = getattr(own, "get_output_embeddings", lambda: None)
+    head = find()
+    if not isinstance(head, nn.Linear):
+        raise UserError(
+            f"{key}=true: {type(own).__name__} has no get_output_embeddings() that returns a Linear layer. Define it, "
+            "or set false."
+        )
+    return head

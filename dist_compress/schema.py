@@ -27,6 +27,7 @@ class DataConfig:
 class TaskConfig:
     source: str = "classification"  # classification | causal_lm
     label_smoothing: float = 0.0  # of classification
+    fused_head: bool = False  # of causal_lm: output layer and losses in one, so that no logits are ever whole
     target: dict[str, Any] | None = None
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dist_compress import comm
+from dist_compress.calling import Headless
 from dist_compress.config import Config
 from dist_compress.config_list import overrides
 from dist_compress.distillation.layerwise import LOST, LayerTerm, matching
@@ -102,7 +103,7 @@ class Distiller(Method):
     def loss(self, step: int, batch: dict[str, Any], output: Any) -> dict[str, torch.Tensor]:
         self.step = step
         moment, weight = Moment(step, self.temperature(step)), self.weight(step)
-        answer = self.teacher(batch)
+        answer = self.teacher(batch, isinstance(getattr(output, "logits", None), Headless))
         return {f"{term.name}_loss": weight * term.loss(moment, batch, output, answer) for term in self.terms}
 
     def after_backward(self, step: int, micro: int) -> None:

@@ -27,7 +27,9 @@ class Head:
     bias: torch.Tensor | None = None  # [V]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(hidden, self.weight, self.bias)
+        """In the dtype of `hidden`."""
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        return torch.nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias)
 
 
 def head_loss(
@@ -65,6 +67,41 @@ def head_loss(
     )  # fmt: skip
 
 
+def label_loss(
+    hidden: torch.Tensor, head: Head, labels: torch.Tensor, valid: torch.Tensor, chunk_tokens: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cross-entropy summed over the valid tokens, how many of them are the likeliest), scalars; the second without
+    gradient. `hidden`: [T, H], `labels`: int64 [T], `valid`: bool [T]. Local."""
+    size = chunk_tokens or max(CHUNK_ELEMENTS // max(head.weight.shape[0], 1), 1)
+    return _Labels.apply(hidden, head.weight, head.bias, labels, valid, size, torch.is_grad_enabled())  # type: ignore
+
+
+class _Labels(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Any, weight: Any, bias: Any, labels: Any, valid: Any, size: int, wanted: bool
+    ) -> Any:
+        head = Head(weight, bias)
+        sums = torch.zeros(2, dtype=_sum_dtype(hidden), device=hidden.device)
+        grad_hidden, grad_weight, grad_bias = _no_gradients(hidden, weight, bias) if wanted else (None,) * 3
+        for chunk in valid.nonzero()[:, 0].split(size):
+            logits = head.logits(hidden[chunk])
+            sums[1] += (logits.argmax(1) == labels[chunk]).sum()
+            grad = torch.zeros_like(logits, dtype=sums.dtype)
+            sums[0] += _add_cross_entropy(logits, labels[chunk], 1.0, grad)
+            if wanted:
+                _add_gradients(hidden, weight, chunk, grad, grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtype = weight.dtype
+        loss, correct = sums.unbind()
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, *ups: Any) -> Any:
+        return *_scaled(ctx, ups[0]), None, None, None, None
+
+
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -72,24 +109,17 @@ class _Head(torch.autograd.Function):
         weights: tuple[float, float], labels: Any, valid: Any, size: int, sharded: bool,
     ) -> Any:  # fmt: skip
         head, reduce = Head(weight, bias), reduction(sharded)
-        sums = torch.zeros(2, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32).to(hidden.device)
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=sums.dtype)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=sums.dtype)
+        sums = torch.zeros(2, dtype=_sum_dtype(hidden), device=hidden.device)
+        grad_hidden, grad_weight, grad_bias = _no_gradients(hidden, weight, bias)
         tokens = torch.arange(len(hidden), device=hidden.device) if valid is None else valid.nonzero()[:, 0]
         for chunk in tokens.split(size):
-            inputs = hidden[chunk]
-            logits = head.logits(inputs)
+            logits = head.logits(hidden[chunk])
             loss, grad = loss_and_grad(logits, teacher_head.logits(teacher_hidden[chunk]), how, reduce)
             sums[0] += loss.sum()
             grad.mul_(weights[0])
             if labels is not None:
                 sums[1] += _add_cross_entropy(logits, labels[chunk], weights[1], grad)
-            grad = grad.to(hidden.dtype)
-            grad_hidden[chunk] = grad @ weight
-            _add_product(grad_weight, grad, inputs)
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
+            _add_gradients(hidden, weight, chunk, grad, grad_hidden, grad_weight, grad_bias)
         if sharded:
             comm.all_reduce(grad_hidden)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -100,9 +130,38 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *ups: Any) -> Any:
-        hidden, weight, bias = ctx.saved_tensors
-        grads = [hidden, weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)]
-        return *(None if grad is None else grad * ups[0].to(grad.dtype) for grad in grads), *[None] * 8
+        return *_scaled(ctx, ups[0]), *[None] * 8
+
+
+def _sum_dtype(hidden: torch.Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _no_gradients(hidden: torch.Tensor, weight: torch.Tensor, bias: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Zeros for the sums over the chunks."""
+    dtype = _sum_dtype(hidden)
+    return (
+        torch.zeros_like(hidden), torch.zeros_like(weight, dtype=dtype),
+        None if bias is None else torch.zeros_like(bias, dtype=dtype),
+    )  # fmt: skip
+
+
+def _add_gradients(
+    hidden: torch.Tensor, weight: torch.Tensor, chunk: torch.Tensor, grad: torch.Tensor, grad_hidden: Any,
+    grad_weight: Any, grad_bias: Any,
+) -> None:  # fmt: skip
+    """What the gradient of the logits of a chunk, [t, V], is for hidden states and output layer."""
+    grad = grad.to(hidden.dtype)
+    grad_hidden[chunk] = grad @ weight.to(grad.dtype)
+    _add_product(grad_weight, grad, hidden[chunk])
+    if grad_bias is not None:
+        grad_bias += grad.sum(0)
+
+
+def _scaled(ctx: Any, up: torch.Tensor) -> Any:
+    hidden, weight, bias = ctx.saved_tensors
+    grads = [hidden, weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)]
+    return (None if grad is None else grad * up.to(grad.dtype) for grad in grads)
 
 
 def _add_product(total: torch.Tensor, grad: torch.Tensor, inputs: torch.Tensor) -> None:

@@ -20,6 +20,8 @@ from dist_compress.tracing.untouched import untouched
 class LogitTerm(Term):
     """Its options have `num_classes`."""
 
+    fuses = False  # whether its loss can be had without whole logits
+
     def check_topk(self, encoding: Encoding, temperatures: list[float]) -> None:
         """Raise UserError when a stored top-k does not tell enough."""
         raise UserError(
@@ -29,6 +31,11 @@ class LogitTerm(Term):
 
     def attach(self, context: Context, teacher: Teacher, temperatures: list[float]) -> None:
         assert context.example is not None
+        if context.config.task.fused_head and not self.fuses:
+            raise UserError(
+                f"task.fused_head=true: distillation.method={self.name!r} needs whole logits. Set it to false, or take "
+                "distillation.method=logits."
+            )
         args, kwargs = context.example
         with untouched(context.model):
             own = self.cut(logits(context.model(*args, **kwargs))).shape[-1]
@@ -53,12 +60,19 @@ class LogitTerm(Term):
         """The student's logits [tokens, classes] (a sample of images is one token), the teacher's, and which tokens
         count, bool [tokens]."""
         own = self.cut(logits(output)).flatten(0, -2)
+        return own, self.known(moment, answer), self.valid(batch, len(own))
+
+    def known(self, moment: Moment, answer: Any) -> torch.Tensor | TopK:
+        """What the teacher says of each token."""
         theirs = answer.at(moment.temperature) if isinstance(answer, Stored) else logits(answer).flatten(0, -2)
         if isinstance(theirs, torch.Tensor):
             theirs = self.cut(theirs)
+        return theirs
+
+    def valid(self, batch: dict[str, Any], num_tokens: int) -> torch.Tensor:
+        """bool [tokens]."""
         targets = batch["targets"].flatten()
-        valid = targets != IGNORED if len(targets) == len(own) else torch.ones_like(own[:, 0], dtype=torch.bool)
-        return own, theirs, valid
+        return targets != IGNORED if len(targets) == num_tokens else targets.new_ones(num_tokens, dtype=torch.bool)
 
     def cut(self, values: torch.Tensor) -> torch.Tensor:
         return values[..., : self.options.num_classes]

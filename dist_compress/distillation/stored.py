@@ -56,7 +56,7 @@ class StoreTeacher:
                 "data back to what the store was written with, or write one for these."
             )
 
-    def __call__(self, batch: dict[str, Any]) -> Stored:
+    def __call__(self, batch: dict[str, Any], headless: bool = False) -> Stored:
         """`batch`: with "ids", and the "views" of samples that are stored more than once."""
         keys = batch["ids"] * self.store.origin.views + batch.get("views", 0)
         return Stored(self.store.read(keys.tolist()), self.store.encoding, comm.device())

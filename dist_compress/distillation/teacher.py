@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from dist_compress.calling import call
+from dist_compress.calling import call, call_headless
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -20,8 +20,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Teacher(Protocol):
     model: nn.Module | None  # None: there is no network to look into
 
-    def __call__(self, batch: dict[str, Any]) -> Any:
-        """What it says of a batch: an output of the model, or a `stored.Stored`. Local."""
+    def __call__(self, batch: dict[str, Any], headless: bool = False) -> Any:
+        """What it says of a batch: an output of the model (`headless`: with logits that are not made), or a
+        `stored.Stored`. Local."""
         ...
 
     def note(self) -> str:
@@ -37,9 +38,10 @@ class OnlineTeacher:
         self.model: nn.Module | None = model.to(self.dtype).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, batch: dict[str, Any]) -> Any:
+    def __call__(self, batch: dict[str, Any], headless: bool = False) -> Any:
         assert self.model is not None and not self.model.training
-        return call(self.model, tree_map(self.cast, batch["inputs"]))
+        inputs = tree_map(self.cast, batch["inputs"])
+        return call_headless(self.model, inputs, "task.fused_head") if headless else call(self.model, inputs)
 
     def cast(self, leaf: Any) -> Any:
         """Floating point numbers in the precision of the teacher."""

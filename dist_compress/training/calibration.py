@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from dist_compress import comm
+from dist_compress.calling import call
 from dist_compress.method import Listener
-from dist_compress.training.evaluation import autocast, call
+from dist_compress.training.evaluation import autocast
 from dist_compress.training.loop import Trainer
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dist_compress import comm
-from dist_compress.calling import call
 from dist_compress.training.data.split import Split, prefetch
+from dist_compress.training.task import caller
 
 
 def autocast(precision: str) -> AbstractContextManager[Any]:
@@ -43,7 +43,7 @@ def evaluate(model: nn.Module, split: Split, task: Any, batch_size: int, precisi
         prefetch(split, ids + comm.world_size() * batch_size, None)
         batch = split.batch(ids, None)
         with autocast(precision):
-            output = call(model, batch["inputs"])
+            output = caller(task)(model, batch["inputs"])
         sums = {"loss": task.loss(output, batch), **task.metrics(output, batch)}
         names = list(sums)
         rows.append(as_row({**sums, "count": task.count(batch)}))

@@ -18,7 +18,6 @@ from torch import nn
 
 from dist_compress import comm
 from dist_compress.backends import Backend
-from dist_compress.calling import call
 from dist_compress.config import Config
 from dist_compress.method import Method
 from dist_compress.projection import Projection
@@ -29,7 +28,7 @@ from dist_compress.training.data.stream import Feed, Stream
 from dist_compress.training.evaluation import as_row, autocast, evaluate
 from dist_compress.training.schedule import LearningRate, run_length
 from dist_compress.training.signals import Interrupted, StopRequest
-from dist_compress.training.task import add_losses
+from dist_compress.training.task import add_losses, caller
 
 
 class Trainer:
@@ -133,7 +132,7 @@ class Trainer:
             determinism.seed_for(self.config.seed, step, micro)
             with self.backend.sync_context(last := micro == micros[-1]):
                 with autocast(self.config.train.precision):
-                    output = call(self.module, batch["inputs"])
+                    output = caller(self.task)(self.module, batch["inputs"])
                 losses = add_losses(self.task, self.methods, step, batch, output)
                 self.backend.backward(losses["loss"] * (live / count), round, last)
             if live:

@@ -1,21 +1,23 @@
 """What is learned: the loss and the metrics of a micro-batch, as sums over its samples.
 
 A user's own task (`task._target_`) is any object with the methods of `Classification`, and `finish` if it likes; it is
-built once per rank from its keyword arguments. Sums, because the loop divides by the count of the global batch,
-whatever the number of ranks.
+built once per rank from its keyword arguments. One with a method `call(model, inputs)` is asked to call the model.
+Sums, because the loop divides by the count of the global batch, whatever the number of ranks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from dist_compress.calling import IGNORED, logits
+from dist_compress.calling import IGNORED, Headless, call, call_headless, logits
 from dist_compress.config import TaskConfig
+from dist_compress.distillation.head import Head, label_loss
 from dist_compress.errors import UserError
 from dist_compress.method import Method
 from dist_compress.training.instantiate import instantiate
@@ -58,20 +60,42 @@ class CausalLM:
 
     fixed_count = False  # of a global batch: its valid tokens
 
+    def __init__(self, fused_head: bool = False) -> None:
+        self.fused_head = fused_head
+
+    def call(self, model: nn.Module, inputs: Any) -> Any:
+        """How the loop calls the model, where logits must not be whole."""
+        return call_headless(model, inputs, "task.fused_head") if self.fused_head else call(model, inputs)
+
     def loss(self, output: Any, batch: dict[str, Any]) -> torch.Tensor:
         """Sum over the valid tokens, a scalar. `output`: logits [n, tokens, vocabulary], or an object with them."""
-        values, targets = logits(output).flatten(0, -2), batch["targets"].flatten()
+        values, targets = logits(output), batch["targets"].flatten()
+        if isinstance(values, Headless):
+            head = Head(values.weight, values.bias)
+            loss, values.num_correct = label_loss(values.hidden.flatten(0, -2), head, targets, targets != IGNORED)
+            return loss
+        values = values.flatten(0, -2)
         return F.cross_entropy(values.float(), targets, reduction="sum", ignore_index=IGNORED)
 
     def count(self, batch: dict[str, Any]) -> int:
         return int((batch["targets"] != IGNORED).sum())
 
     def metrics(self, output: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return {"accuracy": (logits(output).argmax(-1) == batch["targets"]).sum()}
+        """To be called after `loss`."""
+        values = logits(output)
+        if isinstance(values, Headless):
+            assert values.num_correct is not None
+            return {"accuracy": values.num_correct}
+        return {"accuracy": (values.argmax(-1) == batch["targets"]).sum()}
 
     def finish(self, means: dict[str, float]) -> dict[str, float]:
         """`means`: of a whole split, over its tokens."""
         return {**means, "perplexity": math.exp(min(means["loss"], _LARGEST))}
+
+
+def caller(task: Any) -> Callable[[nn.Module, Any], Any]:
+    """`(model, inputs) -> output` as the task wants it."""
+    return getattr(task, "call", call)
 
 
 def add_losses(
@@ -104,7 +128,9 @@ def build(config: TaskConfig) -> Any:
                 f"task.label_smoothing={config.label_smoothing}: belongs to classification; perplexity is of the plain "
                 "loss. Set it to 0."
             )
-        return CausalLM()
+        return CausalLM(config.fused_head)
+    if config.fused_head:
+        raise UserError(f"task.fused_head=true belongs to causal_lm, not to task.source={config.source!r}. Set false.")
     if config.source != "classification":
         raise UserError(f"task.source={config.source!r}: choose classification or causal_lm, or give task._target_.")
     return Classification(config.label_smoothing)

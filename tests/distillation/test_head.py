@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_compress import comm
-from dist_compress.distillation.head import Head, head_loss
+from dist_compress.distillation.head import Head, head_loss, label_loss
 from dist_compress.distillation.losses import KINDS, Divergence, divergence
 from dist_compress.errors import UserError
 
@@ -125,3 +125,32 @@ def test_what_is_refused():
         head_loss(t["hidden"], head, t["teacher"], other, Divergence())
     with pytest.raises(UserError, match="takes no labels"):
         head_loss(t["hidden"], head, t["teacher"], Head(t["theirs"]), Divergence(), labels=LABELS, sharded=True)
+
+
+@pytest.mark.parametrize("chunk", [1, 32, None])
+def test_labels_alone(chunk):
+    t = tensors()
+    x = [t[name].requires_grad_() for name in TRAINED]
+    logits = F.linear(*x)
+    right = (F.cross_entropy(logits, LABELS, reduction="none") * VALID).sum()
+    slopes = torch.autograd.grad(right * 3, x)
+    loss, correct = label_loss(x[0], Head(*x[1:]), LABELS, VALID, chunk)
+    assert int(correct) == int(((logits.argmax(1) == LABELS) & VALID).sum()) > 0 and not correct.requires_grad
+    assert error(loss.detach(), right.detach()) <= 1e-12
+    for grad, slope in zip(torch.autograd.grad(loss * 3, x), slopes, strict=True):
+        assert error(grad, slope) <= 1e-12
+    with torch.no_grad(), Largest() as largest:
+        assert error(label_loss(x[0], Head(*x[1:]), LABELS, VALID, 4)[0], right) <= 1e-12
+    assert largest.numel <= V * H  # no gradients are made where none are wanted
+
+
+def test_hidden_states_of_bfloat16_meet_a_layer_of_float32():
+    t = tensors(torch.float32)
+    hidden, weight = t["hidden"].bfloat16().requires_grad_(), t["weight"].requires_grad_()
+    teacher = (t["teacher"].bfloat16(), Head(t["theirs"]))
+    for loss in (
+        label_loss(hidden, Head(weight), LABELS, VALID)[0],
+        head_loss(hidden, Head(weight), *teacher, Divergence(), labels=LABELS, label_weight=1.0)[0],
+    ):
+        grads = torch.autograd.grad(loss, [hidden, weight])
+        assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32] and bool(loss.isfinite())

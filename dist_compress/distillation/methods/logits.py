@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from dist_compress.calling import Headless, logits
 from dist_compress.distillation.encoding import Encoding
+from dist_compress.distillation.head import Head, head_loss
 from dist_compress.distillation.logit_term import LogitTerm
 from dist_compress.distillation.losses import CHUNK_ELEMENTS, Divergence, TopK, divergence, topk_divergence
+from dist_compress.distillation.stored import Stored
 from dist_compress.distillation.teacher import Teacher
 from dist_compress.distillation.term import Moment
 from dist_compress.errors import UserError
@@ -29,6 +33,8 @@ class Options:
 
 
 class Logits(LogitTerm):
+    fuses = True
+
     def attach(self, context: Context, teacher: Teacher, temperatures: list[float]) -> None:
         try:
             self._how(temperatures[0])
@@ -46,14 +52,44 @@ class Logits(LogitTerm):
             encoding.check_temperature(temperature)
 
     def loss(self, moment: Moment, batch: dict[str, Any], output: Any, answer: Any) -> torch.Tensor:
+        how = self._how(moment.temperature)
+        if isinstance(found := logits(output), Headless):
+            return self._fused(found, moment, batch, answer, how)
         own, theirs, valid = self.both(moment, batch, output, answer)
-        how, size = self._how(moment.temperature), max(CHUNK_ELEMENTS // own.shape[1], 1)
-        losses = []
-        for s, t, v in zip(own.split(size), theirs.split(size), valid.split(size), strict=True):
-            loss = topk_divergence(s, t, how, v) if isinstance(t, TopK) else divergence(s, t, how, v)
-            losses.append(loss.sum())
-        return torch.stack(losses).sum()
+        size = max(CHUNK_ELEMENTS // own.shape[1], 1)
+        parts = zip(own.split(size), theirs.split(size), valid.split(size), strict=True)
+        return torch.stack([_sum(s, t, v, how) for s, t, v in parts]).sum()
+
+    def _fused(
+        self, own: Headless, moment: Moment, batch: dict[str, Any], answer: Any, how: Divergence
+    ) -> torch.Tensor:
+        """A chunk of tokens at a time, of the student and of the teacher."""
+        hidden, head = self._head(own)
+        valid = self.valid(batch, len(hidden))
+        if not isinstance(answer, Stored):
+            return head_loss(hidden, head, *self._head(logits(answer)), how, valid=valid)[0]
+        size = max(CHUNK_ELEMENTS // len(head.weight), 1)
+
+        def part(x: torch.Tensor, weight: torch.Tensor, bias: Any, t: Any, v: torch.Tensor) -> torch.Tensor:
+            return _sum(Head(weight, bias).logits(x), t, v, how)
+
+        parts = zip(hidden.split(size), self.known(moment, answer).split(size), valid.split(size), strict=True)
+        layer = (head.weight, head.bias)  # logits are made again for the gradient, not kept
+        return torch.stack([checkpoint(part, x, *layer, t, v, use_reentrant=False) for x, t, v in parts]).sum()
+
+    def _head(self, found: Headless) -> tuple[torch.Tensor, Head]:
+        """Hidden states [tokens, H] and the layer, of the classes that are compared."""
+        most = self.options.num_classes
+        bias = None if found.bias is None else found.bias[:most]
+        return found.hidden.flatten(0, -2), Head(found.weight[:most], bias)
 
     def _how(self, temperature: float) -> Divergence:
         options = self.options
         return Divergence(options.kind, temperature, options.tau_squared, options.beta)
+
+
+def _sum(student: torch.Tensor, known: torch.Tensor | TopK, valid: torch.Tensor, how: Divergence) -> torch.Tensor:
+    """Over the valid tokens, a scalar."""
+    if isinstance(known, TopK):
+        return topk_divergence(student, known, how, valid).sum()
+    return divergence(student, known, how, valid).sum()

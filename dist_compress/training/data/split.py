@@ -47,6 +47,8 @@ class Views:
     def __init__(self, split: Split, count: int) -> None:
         self.split, self.count = split, count
         self.num_samples, self.num_classes = split.num_samples, split.num_classes
+        self.vocab_size = getattr(split, "vocab_size", None)
+        self.tokenizer = getattr(split, "tokenizer", "")
 
     def batch(self, ids: torch.Tensor, epoch: torch.Tensor | int | None) -> dict[str, Any]:
         if epoch is None:
