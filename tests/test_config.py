@@ -36,7 +36,7 @@ def test_every_recipe_passes_the_schema_and_the_command_line_has_the_last_word(r
 
 
 REFUSED = {
-    "recipe": (["+recipe=resnet"], "recipe=resnet: no such recipe. Available: cifar_prune, resnet_"),
+    "recipe": (["+recipe=resnet"], "recipe=resnet: no such recipe. Available: bert_distill, bert_"),
     "group": (["backend=dpp"], "backend=dpp: no such backend. Available: ddp"),
     "key": (["train.max_stps=4"], "train.max_stps: no such key. Did you mean train.max_steps?"),
     "key with +": (["+train.max_stps=4"], "train.max_stps: no such key. Did you mean train.max_steps?"),
