@@ -163,7 +163,8 @@ def test_models_of_transformers_are_the_same_after_rescaling(build, wanted):
     for method in ("awq", "smoothquant"):
         copied = copy.deepcopy(model)
         entry = {"op_types": [kind], "target_names": ["weight"], "quant_dtype": "int4"}
-        quantizer = attached(copied, ((), inputs), 2, method=method, config_list=[entry])
+        options = {"num_steps": 4, "weight_observer": "min_max"} if method == "awq" else {}
+        quantizer = attached(copied, ((), inputs), 2, method=method, config_list=[entry], options=options)
         shown(quantizer, lambda step, j: inputs, 1)
         changed = {n for n, p in copied.named_parameters() if not torch.equal(p, model.get_parameter(n))}
         assert changed == touched if method == "smoothquant" else changed and changed <= touched

@@ -23,7 +23,7 @@ from dist_compress.quantization.rescaling import Rescales, Target, View
 @dataclass
 class Options:
     num_steps: int = 20  # of the search: exponents 0, 1 / num_steps, .., 1
-    weight_observer: str = "min_max"  # ranges: min_max | mse
+    weight_observer: str = "mse"  # ranges: min_max | mse
 
     def __post_init__(self) -> None:
         check_choice("weight_observer", self.weight_observer, WEIGHT_OBSERVERS)

@@ -33,7 +33,7 @@ def test_scales_are_those_with_the_smallest_error_of_the_outputs():
     model, before = Block(), Block()
     exponent, s = by_hand(before, torch.cat([micro(step, j) for step in range(2) for j in range(4)]), 20)
     assert 0 < exponent < 1
-    shown(attached(model, method="awq", config_list=LINEAR))
+    shown(attached(model, method="awq", config_list=LINEAR, options={"weight_observer": "min_max"}))
     torch.testing.assert_close(model.norm1.weight.detach(), (before.norm1.weight.detach() / s).float())
     torch.testing.assert_close(model.norm1.bias.detach(), (before.norm1.bias.detach() / s).float())
     torch.testing.assert_close(model.k.weight.detach(), (before.k.weight.detach() * s).float())
@@ -42,7 +42,8 @@ def test_scales_are_those_with_the_smallest_error_of_the_outputs():
 def output_error(layer: str, method: str, **entry) -> float:
     """Of one layer's outputs, on the inputs of the calibration, once its weight is quantized."""
     model, before = Block(), Block()
-    quantizer = shown(attached(model, method=method, config_list=[{**LINEAR[0], **entry}]))
+    options = {"weight_observer": "min_max"} if method == "awq" else {}
+    quantizer = shown(attached(model, method=method, config_list=[{**LINEAR[0], **entry}], options=options))
     quantizer.begin()
     with quantizer.context.projection.lifted():
         inputs = {}
