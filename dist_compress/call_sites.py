@@ -5,7 +5,8 @@
     hide(model, keep)                           those that are no target after all are none again
 
 Only modules of the model itself are looked into: of torch.nn those that hold others, not single layers such as
-nn.Softmax, which are targets themselves. Everything here is local and the same on every rank.
+nn.Softmax, which are targets themselves. nn.MultiheadAttention runs in the open where one of its calls or its out_proj
+is a target (dist_compress.multihead). Everything here is local and the same on every rank.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_compress import multihead
 from dist_compress.errors import UserError
 from dist_compress.functions import ATTENTION, FUNCTIONS, PARTS, AttentionCall, Call, Calls, Watched
 from dist_compress.selection import type_name
 from dist_compress.sites import Sites
 from dist_compress.tracing.untouched import untouched
 
+_OPEN = "MultiheadAttention"
+HIDDEN = "NonDynamicallyQuantizableLinear"  # the type of out_proj of nn.MultiheadAttention
 _NAME = re.compile(rf"(?:.*\.)?({'|'.join(FUNCTIONS)})_\d+")
 
 
@@ -36,6 +40,14 @@ class Place:
     owner: str  # layer1.0
     function: str  # add
     nums: tuple[int, ...]  # of calls of the function in the forwards of the owner; one, or it is no target
+
+
+def open_attention(sites: Sites, entries: Sequence[Any]) -> None:
+    """Let out_proj of each nn.MultiheadAttention run as a layer, if entries may mean it by type, name or pattern."""
+    for name, module in sites.model.named_modules():
+        if multihead.opens(module) and any(_may_mean(entry, _out_proj(name, module)) for entry in entries):
+            _open(module, name)
+            sites.forget()
 
 
 def asked_for(entries: Sequence[Any], model: nn.Module) -> tuple[set[str], set[str]]:
@@ -91,30 +103,46 @@ def put(model: nn.Module, place: Place, places: dict[str, Place]) -> None:
             f"{place.name} is a call of {place.function} and an attribute of {owner or 'the model'}. Rename the latter."
         )
     module.add_module(name, AttentionCall(num) if place.function == ATTENTION else Call(place.function, num))
-    if not isinstance(module, Call) and not isinstance(vars(module).get("forward"), Watched):
-        Watched(module, owner)
+    if not isinstance(module, Call):
+        _open(module, owner)
+
+
+def _open(module: nn.Module, name: str) -> None:
+    if not isinstance(vars(module).get("forward"), Watched):
+        Watched(module, name)
 
 
 def hide(model: nn.Module, keep: Collection[str]) -> None:
-    """Calls that neither are in `keep` nor hold one that is are no modules any more."""
+    """Calls that neither are in `keep` nor hold one that is are no modules any more, and what is not needed for those,
+    or for an out_proj in `keep`, runs as before."""
     for name, call in [*model.named_modules()][::-1]:
         if isinstance(call, Call) and name not in keep and not any(isinstance(m, Call) for m in call.children()):
             owner, _, own = name.rpartition(".")
             delattr(model.get_submodule(owner), own)
-    for module in model.modules():
+    for name, module in model.named_modules():
         watched = vars(module).get("forward")
-        if isinstance(watched, Watched) and not watched.calls():
+        if isinstance(watched, Watched) and not watched.calls() and _out_proj(name, module) not in keep:
             watched.remove()
 
 
 def describe(model: nn.Module) -> list[list[Any]]:
-    """[name, function, number of calls] of each call that is a module: what `restore` needs."""
-    return [[name, call.function, call.num_calls] for name, call in model.named_modules() if isinstance(call, Call)]
+    """What `restore` needs: [name, function, number of calls] of each call that is a module, and [name,
+    "MultiheadAttention", 0] of each of those that runs in the open."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, Call):
+            found.append([name, module.function, module.num_calls])
+        elif isinstance(module, nn.MultiheadAttention) and isinstance(vars(module).get("forward"), Watched):
+            found.append([name, _OPEN, 0])
+    return found
 
 
 def restore(model: nn.Module, described: Sequence[Sequence[Any]]) -> None:
-    """Make modules of the calls that `describe` described."""
+    """Make modules of the calls that `describe` described, and open attention."""
     for name, function, num_calls in described:
+        if function == _OPEN:
+            _open(model.get_submodule(name), name)
+            continue
         put(model, Place(name, name.rpartition(".")[0], function, (num_calls,)), {})
 
 
@@ -171,6 +199,22 @@ def _places(where: str, forwards: list[Counter[str]]) -> Iterator[Place]:
             yield Place(name, where, function, tuple(nums))
             for part, inner in PARTS.items() if function == ATTENTION else ():
                 yield Place(f"{name}.{part}", name, inner, (1,))
+
+
+def _out_proj(name: str, module: nn.Module) -> str:
+    """The name of the layer that nn.MultiheadAttention hides; "" of another module."""
+    return f"{name}.out_proj".removeprefix(".") if isinstance(module, nn.MultiheadAttention) else ""
+
+
+def _may_mean(entry: Any, layer: str) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    patterns = _strings(entry, "op_names_re")
+    try:
+        found = any(re.match(pattern, layer) for pattern in patterns)
+    except re.error:  # said when the entry is checked
+        found = False
+    return found or HIDDEN in _strings(entry, "op_types") or layer in _strings(entry, "op_names")
 
 
 def _strings(entry: dict[str, Any], key: str) -> list[str]:

@@ -18,7 +18,8 @@ another number of calls than it made on the example input is refused: the n-th w
 
 Of scaled_dot_product_attention the operands are query, key and value. Its inner parts are calls of their own,
 `scaled_dot_product_attention_0.matmul_0`, `.softmax_0` and `.matmul_1`; where one of them is wanted it is computed in
-these steps, and holds the matrix of attention. Everything here is local.
+these steps, and holds the matrix of attention. An nn.MultiheadAttention that is `Watched` runs in the open
+(dist_compress.multihead), or it would call nothing. Everything here is local.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from types import CodeType, FrameType, MethodType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from dist_compress import multihead
 from dist_compress.errors import UserError
 
 ATTENTION = "scaled_dot_product_attention"
@@ -59,6 +62,7 @@ _OPERANDS = {
 FUNCTIONS = tuple(_SPELLINGS)
 _FUNCTION_OF = {spelling: function for function, spellings in _SPELLINGS.items() for spelling in spellings}
 _MODULE_CALL = nn.Module._call_impl.__code__
+_CHECKPOINT = torch.utils.checkpoint.checkpoint.__code__.co_filename
 Run = Callable[..., Any]  # (*operands) -> what the function returns
 
 
@@ -107,7 +111,10 @@ class Watched:
 
     @property
     def inner(self) -> Callable[..., Any]:
-        return self.previous or MethodType(type(self.owner).forward, self.owner)
+        if self.previous is not None:
+            return self.previous
+        forward = multihead.forward if multihead.opens(self.owner) else type(self.owner).forward
+        return MethodType(forward, self.owner)
 
     @property
     def __code__(self) -> CodeType:  # torch.export asks for it
@@ -128,6 +135,12 @@ class Watched:
             if index >= expected[function]:
                 raise self._other_number(function, f"more than {expected[function]}", expected[function])
             call = calls.get(f"{function}_{index}")
+            if call is not None and _recomputed(sys._getframe(1)):
+                raise UserError(
+                    f"{self.where or 'the model'}: {function}_{index} is a target, but is called inside of "
+                    "torch.utils.checkpoint, which repeats a part of the forward without it. Checkpoint the whole "
+                    "module from outside, or leave this target out."
+                )
             return run(*operands) if call is None else call(*operands, run=run)
 
         with Calls(self.owner, expected, act) as mode:
@@ -182,6 +195,15 @@ def _runs_in(owner: nn.Module, frame: FrameType | None) -> bool:
     while frame is not None:
         if frame.f_code is _MODULE_CALL:
             return vars(frame.f_locals["self"]) is vars(owner)  # torch.export calls stand-ins with the same dict
+        frame = frame.f_back
+    return False
+
+
+def _recomputed(frame: FrameType | None) -> bool:
+    """Whether a part of the innermost module's forward is run by torch.utils.checkpoint."""
+    while frame is not None and frame.f_code is not _MODULE_CALL:
+        if frame.f_code.co_filename == _CHECKPOINT:
+            return True
         frame = frame.f_back
     return False
 

@@ -29,7 +29,7 @@ LAYERS = [
     ["layout"],
     ["fingerprint", "target", "selection", "blocks", "linear_form", "calling", "comm"],
     ["duration", "hashing", "functions"],
-    ["config"],
+    ["config", "multihead"],
     ["schema"],
     ["strict"],
     ["errors"],

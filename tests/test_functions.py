@@ -185,6 +185,14 @@ def test_a_forward_that_runs_again_in_the_backward_pass_counts_from_zero(reentra
     assert torch.equal(x.grad, 4 * (X + Y)) and seen == [0, 1, 0, 1]
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_part_of_a_forward_that_runs_again_alone_is_refused(reentrant):
+    module = Script(lambda _, x, y: x * checkpoint(lambda z: z + y, x, use_reentrant=reentrant))
+    watched(module, "add", 1, 0)
+    with pytest.raises(UserError, match="net: add_0 is a target, but is called inside of torch.utils.checkpoint"):
+        module(X.clone().requires_grad_(), Y)
+
+
 def test_autocast_is_that_of_the_model():
     module = Script(lambda _, x, y: x @ y)
     watched(module, "matmul", 1, 0)

@@ -74,7 +74,10 @@ class _Quantization(Noun[Setting]):
     def usual(self, module: nn.Module, entry: Entry) -> list[str]:
         if isinstance(module, Call) and not self._only_parameters(entry):
             return ["_output_0"] if module.function == "softmax" else ["_input_"]
-        layer, weight = type(module).__name__ in LAYERS, weight_dims(module) >= 2
+        if isinstance(module, nn.MultiheadAttention):
+            weights = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]  # those that it has
+            return weights if self._only_parameters(entry) else ["_input_0", "_input_1", "_input_2", *weights]
+        layer, weight = type(module).__name__ in (*LAYERS, call_sites.HIDDEN), weight_dims(module) >= 2
         if self._only_parameters(entry):
             return ["weight"] if layer or weight else []
         return ["_input_0", "weight"] if layer else ["weight"] if weight else ["_output_0"]
@@ -102,6 +105,7 @@ def resolve(
     entries = config.config_list or [{"op_types": sorted({type(m).__name__ for m in model.modules()} & {*LAYERS})}]
     if not entries[0].get("op_types") and not config.config_list:
         raise UserError("quantization.config_list is empty and the model has no convolution or linear layer. Add one.")
+    call_sites.open_attention(sites, entries)
     call_sites.expose(sites, *call_sites.asked_for(entries, model), QUANTIZATION.root)
     noun = copy.copy(QUANTIZATION)
     noun.method = config.method
