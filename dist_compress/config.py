@@ -233,6 +233,7 @@ _AT_LEAST: dict[str, float] = {
     "pruning.search.evaluations": 0,
     "pruning.search.samples": 1,
     "quantization.calibration_steps": 1,
+    "quantization.mixed.samples": 1,
     "speedup.round_to": 1,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,
@@ -242,6 +243,7 @@ _ABOVE_ZERO = (
     "train.clip_norm", "optim.gamma", "backend.timeout_s", "speedup.tolerance", "distillation.temperature",
     "distillation.temperature_ramp.to", "distillation.translator_lr",
     "pruning.at_most.macs", "pruning.at_most.params", "pruning.at_most.latency_ms", "pruning.latency.time_s",
+    "quantization.mixed.at_most.bytes",
     "pruning.search.start_temperature", "pruning.search.end_temperature", "pruning.search.perturbation",
 )  # fmt: skip
 _BELOW_ONE = ("pruning.sparse_ratio", "task.label_smoothing")  # and at least 0

@@ -32,6 +32,20 @@ class TaskConfig:
 
 
 @dataclass
+class SizeConfig:
+    bytes: float | None = None  # of the quantized parameters; up to 1: a fraction of their float size
+
+
+@dataclass
+class MixedConfig:
+    """How many bits each weight gets whose quant_dtype is left open."""
+
+    candidates: list[str] = field(default_factory=list)  # dtypes to measure and choose among; []: one for all
+    at_most: SizeConfig = field(default_factory=SizeConfig)  # None: measured and shown, nothing is chosen
+    samples: int = 512  # of the training data, on which a candidate is measured
+
+
+@dataclass
 class QuantizationConfig:
     method: str | None = None  # a file of quantization/methods, or a dotted path; None: no quantization
     options: dict[str, Any] = field(default_factory=dict)
@@ -40,6 +54,7 @@ class QuantizationConfig:
     calibration_steps: int = 8  # global batches of the training data, without augmentation
     config_list: list[dict[str, Any]] = field(default_factory=list)  # []: all convolutions and linear layers
     default_settings: dict[str, Any] = field(default_factory=dict)  # {module type: {target: {key: value}}}
+    mixed: MixedConfig = field(default_factory=MixedConfig)
     reduce_range: bool | None = None  # weights of 7 bits; None: where ONNX is exported and the CPU needs it
 
 

@@ -97,3 +97,14 @@ def observed(path: str, observer: Observer | None) -> None:
             f"{path}: no calibration data reached it ({seen} values seen). Raise quantization.calibration_steps, or "
             "exclude the module."
         )
+
+
+def start(start: float | str, step: int, total_steps: int, trains: bool) -> None:
+    """`quantization.start`, which is that step of the run."""
+    if step < total_steps and not trains:
+        raise UserError(
+            f"quantization.start={start!r} is step {step} of {total_steps}, but the method is for a model whose "
+            "training is over. Leave it null, or choose one that trains, such as qat."
+        )
+    if step > total_steps:
+        raise UserError(f"quantization.start={start!r} is step {step}, but the run has {total_steps}. Lower it.")

@@ -37,6 +37,13 @@ class QuantDtype:
         return not (self.is_float or self.is_binary)
 
     @property
+    def bits(self) -> int:
+        """That a number takes."""
+        if self.is_float:
+            return 8 * self.storage.itemsize
+        return 1 if self.is_binary else (self.quant_max - self.quant_min).bit_length()
+
+    @property
     def is_signed(self) -> bool:
         return self.quant_min < 0
 

@@ -43,6 +43,7 @@ class FakeQuantize(nn.Module):
     refits = True  # the range of a parameter is taken from it again at every step
     activations = True  # False: only parameters can be its targets
     folds = True  # the weight is quantized as it is when the norm behind it is folded
+    mixes = True  # the dtype of a weight may still change when the calibration is over
     binary = False  # quant_dtype: binary is possible
     # What "default" means: for parameters (the scheme: those of a signed dtype), for activations, for both.
     weight_dtype, weight_scheme, weight_granularity = "int8", "symmetric_restricted", "out_channel"

@@ -28,9 +28,9 @@ from dist_compress import call_sites, comm
 from dist_compress.config import Config
 from dist_compress.config_list import overrides
 from dist_compress.duration import duration
-from dist_compress.errors import UserError
 from dist_compress.fingerprint import weights_fingerprint
 from dist_compress.method import Context, Listener, Method, Tensors
+from dist_compress.projection import Function
 from dist_compress.quantization import checks, cpu, fuse, preparing
 from dist_compress.quantization.agreement import Agreement, answer
 from dist_compress.quantization.config_list import build as build_quantizer
@@ -38,6 +38,7 @@ from dist_compress.quantization.config_list import fake_quantize_class, resolve,
 from dist_compress.quantization.deploy import install, name_of, round_biases
 from dist_compress.quantization.fake_quant import FakeQuantize, Spec
 from dist_compress.quantization.granularity import mixed
+from dist_compress.quantization.mixed import Mixed
 from dist_compress.quantization.observer import reduce
 from dist_compress.quantization.shrinking import Marks, Transform, follow, resize
 from dist_compress.quantization.table import Row, table
@@ -103,6 +104,7 @@ class Quantizer(Method):
         preparing.check(model, self.parameters)
         if context.config.speedup.enabled:
             checks.blocks(self.parameters, context.coupling, context.config.speedup.round_to)
+        self.mixed = Mixed(self.config.mixed, self.settings, self.parameters, context, self.reduced)
         self._install()
         length = context.total_steps, context.steps_per_epoch
         self.freeze = duration(self.config.freeze, "quantization.freeze", *length)
@@ -129,15 +131,9 @@ class Quantizer(Method):
         if start is None:
             return (shrink or 0) if trains else total_steps
         step = duration(start, "quantization.start", total_steps, self.context.steps_per_epoch)
-        if step < total_steps and not trains:
-            raise UserError(
-                f"quantization.start={start!r} is step {step} of {total_steps}, but the method is for a model whose "
-                "training is over. Leave it null, or choose one that trains, such as qat."
-            )
+        checks.start(start, step, total_steps, trains)
         if step < (shrink or 0):
             checks.binary_later(self.parameters, f"quantization.start={start!r} is step {step}", shrink)
-        if step > total_steps:
-            raise UserError(f"quantization.start={start!r} is step {step}, but the run has {total_steps}. Lower it.")
         return step
 
     def rounds(self) -> Iterator[tuple[Listener, int]]:
@@ -189,6 +185,8 @@ class Quantizer(Method):
         for path, quantizer in self.activations.items():
             checks.observed(path, quantizer.observer)
             quantizer.begin()
+        with projection.lifted():
+            self.said += self.mixed.choose(self._folded, self._compressing)
         for path, quantizer in self.parameters.items():
             quantizer.fit(self._folded(path))
         with projection.lifted():
@@ -198,9 +196,12 @@ class Quantizer(Method):
     def _put_on(self) -> None:
         for quantizer in (*self.activations.values(), *self.parameters.values()):
             quantizer.enabled = True
-        for path, quantizer in self.parameters.items():
-            self.context.projection.add(path, "quant", fuse.compressing(quantizer, self._fold_of(path)))
+        for path in self.parameters:
+            self.context.projection.add(path, "quant", self._compressing(path))
         self.begun = True
+
+    def _compressing(self, path: str) -> Function:
+        return fuse.compressing(self.parameters[path], self._fold_of(path))
 
     def _fold_of(self, path: str) -> fuse.Fold | None:
         module, target = self.parameters[path].place
@@ -372,22 +373,25 @@ class Quantizer(Method):
         return [f"{path}.{name}" for path, m in modules for name in m._parameters]
 
     def results(self) -> dict[str, Any]:
-        """`quantization`: a row for each target; `fingerprint/scales`; `verify/quantized_max_rel_diff` of masked and
-        shrunk model, where they were quantized."""
-        shrunk = {} if self.difference is None else {"verify/quantized_max_rel_diff": self.difference}
-        return {"quantization": self.rows, "fingerprint/scales": self.fingerprint(), **shrunk}
+        """`quantization`, `sensitivity`: a row for each target, and each candidate of mixed precision;
+        `fingerprint/scales`; `verify/quantized_max_rel_diff` of masked and shrunk model, where they were quantized."""
+        found = {"quantization": self.rows, "sensitivity": self.mixed.rows, "fingerprint/scales": self.fingerprint()}
+        return found if self.difference is None else {**found, "verify/quantized_max_rel_diff": self.difference}
 
     def state_dict(self) -> dict[str, Any]:
         """Collective. Scales are in the state of the model; here is what they follow."""
         comm.check_equal("quantization scales", self.fingerprint(), self.step)
         observed = {path: q.observer.state_dict() for path, q in self.activations.items() if q.observer is not None}
         observed = observed if self.begun else {}
-        return {"begun": self.begun, "observers": observed, "step": self.step, "difference": self.difference}
+        own = {"begun": self.begun, "step": self.step, "difference": self.difference, "mixed": self.mixed.rows}
+        return {**own, "observers": observed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.difference = int(state["step"]), state["difference"]
         if not state["begun"]:
             return
+        self.mixed.rows = state["mixed"]
+        self.mixed.apply()
         for path, quantizer in self.activations.items():
             if path in state["observers"] and quantizer.observer is not None:
                 quantizer.observer.load_state_dict(state["observers"][path])

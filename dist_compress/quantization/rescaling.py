@@ -60,6 +60,7 @@ class View:
 class Rescales(FakeQuantize):
     """The base of methods that rescale the channels of layers before they are quantized."""
 
+    mixes = False
     reduction = "sum"  # of `input_statistic` over calls, micro-batches, steps and ranks: "sum" or "max"
 
     def input_statistic(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from dist_compress.quantization.layer import Layer
 class Solves(FakeQuantize):
     """The base of methods that solve for the weights of a layer. For activations they are what they derive from."""
 
+    mixes = False
     solved = False
 
     def solve(

@@ -12,77 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
-from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))  # also in the workers of the pool
-from dist_compress import backends, comm  # noqa: E402
-from dist_compress.config import Config, QuantizationConfig  # noqa: E402
+from quantized_training import STEPS, made  # noqa: E402
+
 from dist_compress.fingerprint import weights_fingerprint  # noqa: E402
-from dist_compress.method import Context  # noqa: E402
-from dist_compress.projection import Projection  # noqa: E402
 from dist_compress.quantization import Quantizer, methods  # noqa: E402
 from dist_compress.quantization.config_list import fake_quantize_class  # noqa: E402
 from dist_compress.quantization.setting import Setting  # noqa: E402
-from dist_compress.target import Coupling  # noqa: E402
-from dist_compress.training import determinism  # noqa: E402
 from dist_compress.training.calibration import calibrate  # noqa: E402
-from dist_compress.training.data import Data  # noqa: E402
-from dist_compress.training.data.digits import load  # noqa: E402
-from dist_compress.training.data.split import Transform  # noqa: E402
 from dist_compress.training.loop import Trainer  # noqa: E402
-from dist_compress.training.task import Classification  # noqa: E402
 
 METHODS = sorted(module.name for module in pkgutil.iter_modules(methods.__path__))
 OPTIONS = {"dorefa": {"gradient_bits": 4}}
-STEPS = 4
-
-
-class Net(nn.Module):
-    """conv - norm - relu twice; a linear layer that only bright micro-batches go through; another one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
-        self.conv2, self.bn2 = nn.Conv2d(6, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8)
-        self.seldom, self.linear = nn.Linear(8, 8), nn.Linear(8, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bright = bool(x.mean() > -0.382) if not self.tracing else True
-        x = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))).mean((2, 3))
-        return self.linear(self.seldom(x) if bright else x)
-
-    tracing = False
-
-
-class Silent:
-    def log(self, step: int, series: dict[str, float]) -> None: ...
-
-
-def made(method: str, micro: int) -> tuple[Trainer, Quantizer]:
-    cfg = Config(quantization=QuantizationConfig(method=method, options=OPTIONS.get(method, {})))
-    cfg.data.image_size, cfg.train.exact, cfg.train.max_steps = 8, True, STEPS
-    cfg.train.global_batch_size = 5 * 8 if micro == 8 else 3 * 12
-    cfg.train.micro_batch_size = micro
-    cfg.optim.lr, cfg.optim.weight_decay, cfg.optim.kwargs = 0.05, 1e-3, {"momentum": 0.9}
-    determinism.set_up(cfg.train)
-    data = Data(*(p.split(cfg.data, Transform(cfg.data, cfg.seed, comm.device())) for p in load(cfg.data)))
-    torch.manual_seed(3)
-    model = Net()
-    trainer = Trainer(
-        cfg, model, data, Classification(), [], backends.load("ddp")(cfg), Projection(model), Silent()
-    )  # fmt: skip
-    quantizer = Quantizer(cfg)
-    length = trainer.length
-    model.tracing = True
-    quantizer.attach(
-        Context(cfg, model, trainer.projection, Coupling(), length.num_micro, STEPS, 5.0, data.example(2))
-    )  # fmt: skip
-    model.tracing = False
-    trainer.methods = [quantizer]
-    trainer.rebuild(lambda moments: moments)
-    return trainer, quantizer
 
 
 def marks(trainer: Trainer, quantizer: Quantizer) -> list[str]:
@@ -92,7 +34,7 @@ def marks(trainer: Trainer, quantizer: Quantizer) -> list[str]:
 def run(method: str, micro: int) -> tuple[list[list[str]], dict[str, float], list[int]]:
     """(fingerprints of scales and weights after calibration and after each step, loss, micro-batches that the seldom
     layer saw)."""
-    trainer, quantizer = made(method, micro)
+    trainer, quantizer = made(micro, method=method, options=OPTIONS.get(method, {}))
     seen: list[int] = []
     trainer.model.seldom.register_forward_pre_hook(lambda *_: seen.append(1))
     for listener, _ in quantizer.rounds():
@@ -128,7 +70,7 @@ def test_scales_and_weights_are_the_same_at_any_number_of_ranks(ranks, method):
 
 
 def stopped(method: str) -> dict[str, Any]:
-    trainer, quantizer = made(method, 8)
+    trainer, quantizer = made(method=method, options=OPTIONS.get(method, {}))
     for listener, _ in quantizer.rounds():
         calibrate(trainer, listener, 3)
     quantizer.begin()
@@ -138,7 +80,7 @@ def stopped(method: str) -> dict[str, Any]:
 
 
 def resumed(method: str, state: dict[str, Any]) -> list[str]:
-    trainer, quantizer = made(method, 8)
+    trainer, quantizer = made(method=method, options=OPTIONS.get(method, {}))
     trainer.load_state(state)
     trainer.train(until=STEPS)
     trainer.settle()

@@ -23,7 +23,7 @@ class Options:
 
 
 class Bnn(FakeQuantize):
-    refits = folds = False
+    refits = folds = mixes = False
     binary = True
     weight_dtype = activation_dtype = "binary"
     weight_granularity = "per_tensor"

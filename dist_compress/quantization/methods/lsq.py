@@ -30,7 +30,7 @@ class Options:
 
 
 class Lsq(FakeQuantize):
-    refits = False
+    refits = mixes = False
     weight_scheme = "symmetric"
     apply_method = "lsq_clamp_round"
 
