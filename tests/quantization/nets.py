@@ -46,27 +46,32 @@ def net(seed: int = 0) -> Net:
     return model
 
 
-def attached(model: nn.Module, example: torch.Tensor = EXAMPLE, num_micro: int = 4, **config: Any) -> Quantizer:
-    """A quantizer on `model`, not yet calibrated."""
+def attached(model: nn.Module, example: Any = EXAMPLE, num_micro: int = 4, **config: Any) -> Quantizer:
+    """A quantizer on `model`, not yet calibrated. `example`: an input, or (args, kwargs)."""
+    call = ((example,), {}) if isinstance(example, torch.Tensor) else example
     quantizer = Quantizer(Config(quantization=QuantizationConfig(**config)))
     context = Context(
-        Config(), model, Projection(model), Coupling(), num_micro, 10, 5.0, ((example,), {}),
+        Config(), model, Projection(model), Coupling(), num_micro, 10, 5.0, call,
     )  # fmt: skip
     quantizer.attach(context)
     context.projection.project()
     return quantizer
 
 
-def calibrated(model: nn.Module, example: torch.Tensor = EXAMPLE, steps: int = 2, **config: Any) -> Quantizer:
-    """After `steps` steps of calibration on random batches like the example (tokens: on it), on this rank alone."""
+def calibrated(model: nn.Module, example: Any = EXAMPLE, steps: int = 2, **config: Any) -> Quantizer:
+    """After `steps` steps of calibration on random batches like the example (else on it), on this rank alone."""
     quantizer = attached(model, example, **config)
     generator = torch.Generator().manual_seed(7)
     quantizer.calibrating = True
     model.eval()
     with torch.no_grad():
         for _ in range(steps):
-            noise = torch.randn(4, *example.shape[1:], generator=generator)
-            model(noise if example.is_floating_point() else example)
+            if not isinstance(example, torch.Tensor):
+                model(*example[0], **example[1])
+            elif not example.is_floating_point():
+                model(example)
+            else:
+                model(torch.randn(4, *example.shape[1:], generator=generator))
             quantizer.count_pass()
             quantizer.end_step()
     quantizer.calibrating = False
