@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "quantization"))
 from nets import calibrated  # noqa: E402
 
 from dist_compress.config import Config  # noqa: E402
-from dist_compress.export import onnx, torch_export, torchao  # noqa: E402
+from dist_compress.export import torch_export, torchao  # noqa: E402
 from dist_compress.quantization import round_biases  # noqa: E402
 
 SIZE = {
@@ -49,14 +49,14 @@ def built(name):
     [
         ("vit", images, [torch_export]),
         ("bert", tokens, [torch_export, torchao]),
-        ("llama", tokens, [torch_export, torchao, onnx]),
+        ("llama", tokens, [torch_export, torchao]),
     ],
 )
 def test_a_family(tmp_path, name, draw, formats):
     pytest.importorskip("torchao")
     example, held_out = draw(2, 6), draw(20, 9)
     model = built(name)
-    calibrated(model, example, method="ptq").detach()
+    calibrated(model, example, method="ptq").fold()
     round_biases(model)
     for format in formats:
         format.export(tmp_path, model, None, Config(), example)
