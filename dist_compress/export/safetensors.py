@@ -49,7 +49,7 @@ def export(run_dir: str | Path, model: nn.Module, plan: Plan | None, config: Con
     quantized = quantization.describe(model)
     description = {
         "format": _FORMAT,
-        "model": models.describe(config.model, model),
+        "model": models.describe(config.model, model, plan.config if plan else ()),
         "num_classes": num_classes,
         "pruned": plan is not None,
         "quantized": quantized is not None,

@@ -54,13 +54,21 @@ def has_weights(config: ModelConfig) -> bool:
     return config.source == "hf" and any(Path(config.name).expanduser().glob("*.safetensors"))
 
 
-def describe(config: ModelConfig, model: nn.Module) -> dict[str, Any]:
+def describe(config: ModelConfig, model: nn.Module, shrunk: Iterable[str] = ()) -> dict[str, Any]:
     """`config` as plain data from which `build` makes this architecture on any machine, without weights.
 
-    A Hugging Face model read from a local folder is described by its own full configuration, not by the path.
+    A Hugging Face model read from a local folder is described by its own full configuration, not by the path; `shrunk`:
+    the (dotted) fields of it that followed a shrink, for which the dense values are told.
     """
     if config.target is None and config.source == "hf":
         full: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[union-attr]
+        dense = _hf_config(config, _import_extra(config, "transformers"), 2, None).to_dict() if shrunk else {}
+        for field in shrunk:
+            *path, name = field.split(".")
+            inner, outer = full, dense
+            for part in path:
+                inner, outer = inner[part], outer[part]
+            inner[name] = outer[name]
         left_out = ("model_type", "transformers_version", "_name_or_path")
         kwargs = {k: v for k, v in full.items() if k not in left_out}
         config = replace(config, name=full["model_type"], kwargs=kwargs)
@@ -93,9 +101,22 @@ def _from_timm(config: ModelConfig, num_classes: int, vocab_size: int | None) ->
 
 def _from_hf(config: ModelConfig, num_classes: int, vocab_size: int | None) -> nn.Module:
     transformers = _import_extra(config, "transformers")
+    hf_config = _hf_config(config, transformers, num_classes, vocab_size)
+    if Path(config.name).expanduser().is_dir():
+        return _from_hf_folder(config, transformers, hf_config)
+    return _hf_call(config, lambda: getattr(transformers, _HEADS[config.head]).from_config(hf_config))
+
+
+def _hf_config(config: ModelConfig, transformers: ModuleType, num_classes: int, vocab_size: int | None) -> Any:
+    """The configuration that transformers builds from."""
     folder = Path(config.name).expanduser()
     if folder.is_dir():
-        return _from_hf_folder(config, transformers, folder, num_classes)
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"model.name={config.name!r}: the folder has no config.json. Give one that save_pretrained wrote."
+            )
+        arguments = {**_hf_settings(config, num_classes), "local_files_only": True, **config.kwargs}
+        return _hf_call(config, lambda: transformers.AutoConfig.from_pretrained(folder, **arguments))
     if folder.is_absolute() or config.name.startswith("."):
         raise UserError(
             f"model.name={config.name!r}: no such folder. Give a folder with config.json, or a model_type."
@@ -112,8 +133,7 @@ def _from_hf(config: ModelConfig, num_classes: int, vocab_size: int | None) -> n
     if vocab_size is not None and hasattr(default, "vocab_size"):
         sizes["vocab_size"] = vocab_size
     kwargs = {**sizes, **config.kwargs}
-    hf_config = _hf_call(config, lambda: transformers.AutoConfig.for_model(config.name, **kwargs))
-    return _hf_call(config, lambda: getattr(transformers, _HEADS[config.head]).from_config(hf_config))
+    return _hf_call(config, lambda: transformers.AutoConfig.for_model(config.name, **kwargs))
 
 
 _HEADS = {  # the class of transformers that builds a model with this head
@@ -129,16 +149,9 @@ def _hf_settings(config: ModelConfig, num_classes: int) -> dict[str, Any]:
     return {"use_cache": False} if config.head == "causal_lm" else {"num_labels": num_classes}
 
 
-def _from_hf_folder(
-    config: ModelConfig, transformers: ModuleType, folder: Path, num_classes: int
-) -> nn.Module:
+def _from_hf_folder(config: ModelConfig, transformers: ModuleType, hf_config: Any) -> nn.Module:
     """With the folder's weights if any; a head for another number of classes is made new, and logged."""
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"model.name={config.name!r}: the folder has no config.json. Give one that save_pretrained wrote."
-        )
-    arguments = {**_hf_settings(config, num_classes), "local_files_only": True, **config.kwargs}
-    hf_config = _hf_call(config, lambda: transformers.AutoConfig.from_pretrained(folder, **arguments))
+    folder = Path(config.name).expanduser()
     auto = getattr(transformers, _HEADS[config.head])
     if not list(folder.glob("*.safetensors")):
         if list(folder.glob("pytorch_model*.bin")):
