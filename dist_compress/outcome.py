@@ -166,15 +166,16 @@ class Outcome:
             history=read(self.run_dir / "events.jsonl"),
             metrics=read(self.run_dir / "metrics.jsonl"),
             decisions=self.facts["methods"].get("decisions", []),
-            quantized=self.facts["methods"].get("quantization", []),
             **self.shown(),
         )
         return self.summary
 
     def shown(self) -> dict[str, list[dict[str, Any]]]:
-        """What the pictures and tables of pruning show: `layers`, `targets`, `kept_channels`, `scores`."""
-        own = {name: self.facts["methods"].get(name, []) for name in ("targets", "kept_channels", "scores")}
-        return {"layers": self._layers(), **own}
+        """What pictures and tables show: `layers`, `targets`, `kept_channels`, `scores` of pruning, `quantized` and
+        `sensitivity` of quantization."""
+        names = ("targets", "kept_channels", "scores", "sensitivity")
+        own = {name: self.facts["methods"].get(name, []) for name in names}
+        return {"layers": self._layers(), "quantized": self.facts["methods"].get("quantization", []), **own}
 
     def line(self, when: str) -> str:
         """One line for the console: "before: accuracy 98.33 %, loss 0.0712". "" on other ranks than 0."""

@@ -18,8 +18,8 @@ import torch
 import yaml
 from markupsafe import Markup
 
-from dist_compress.reporting import charts, figures, pictures
-from dist_compress.reporting.quantized import quantized_tensor
+from dist_compress.reporting import charts, figures, pictures, quantized_pictures
+from dist_compress.reporting.quantized import candidate, quantized_tensor
 
 Row = Mapping[str, Any]
 CHART = "coupling.svg"  # in the folder of a run: shown where it exists
@@ -45,6 +45,7 @@ def write_report(
     metrics: Sequence[Row],
     decisions: Sequence[Row],
     quantized: Sequence[Row] = (),
+    sensitivity: Sequence[Row] = (),
     targets: Sequence[Row] = (),
     kept_channels: Sequence[Row] = (),
     scores: Sequence[Row] = (),
@@ -56,6 +57,7 @@ def write_report(
     `history`: events {step, text}. `metrics`: rows of metrics.jsonl. `decisions`: {step, ratio, fingerprint}.
     `targets`: {name, unit, num, removed, asked, group, reason}. `kept_channels`: {name, kept}, 1 or 0 for each channel.
     `scores`: {step, name, edges, kept, removed}, a histogram for each decision and group.
+    `quantized`: rows of quantization/table.py. `sensitivity`: {name, quant_dtype, loss, bytes, chosen}.
     """
     config = yaml.safe_load(config_yaml) or {}
     loader = jinja2.PackageLoader("dist_compress.reporting", ".")
@@ -63,6 +65,7 @@ def write_report(
     page = jinja2.Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True)
     page.filters |= {"count": figures.count, "fingerprint": figures.fingerprint, "amount": _amount}
     rows = figures.before_after(summary)
+    drawn = pictures.drawn(layers, kept_channels, scores) | quantized_pictures.drawn(quantized, sensitivity)
     chart = Path(run_dir) / CHART
     text = page.get_template("report.html.jinja").render(
         coupling=Markup(chart.read_text(encoding="utf-8")) if chart.is_file() else None,
@@ -76,10 +79,11 @@ def write_report(
         curves=_curves(metrics, decisions),
         limits=figures.limits(summary),
         targets=[{**row, **figures.target(row)} for row in targets],
-        pictures={name: Markup(d.svg()) for name, d in pictures.drawn(layers, kept_channels, scores).items()},
+        pictures={name: Markup(d.svg()) for name, d in drawn.items()},
         asked_but_kept=[row for row in asked_but_kept if row["name"] not in {t["name"] for t in targets}],
         decisions=decisions,
         tensors=[quantized_tensor(row) for row in quantized],
+        sensitivity=[candidate(row) for row in sensitivity],
         history=[_event(row) for row in history],
         fingerprints=_under("fingerprint", summary),
         environment={**_environment(), **_told_environment(summary)},

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from dist_compress import comm
 from dist_compress.config import Config
-from dist_compress.reporting import figures, pictures, records
+from dist_compress.reporting import figures, pictures, quantized, quantized_pictures, records
 from dist_compress.reporting.console import ProgressLine, console, summary_table, target_table
 from dist_compress.reporting.tracker import Tracker
 
@@ -78,7 +78,8 @@ class Reporter:
     def summary(self, summary: Row, shown: Mapping[str, Sequence[Row]] | None = None) -> None:
         """The flat result of the run, shown as a table by `close` and sent to W&B under the same names.
 
-        `shown`: `layers`, `targets`, `kept_channels` and `scores` as in `write_report`: tables and pictures of pruning.
+        `shown`: `layers`, `targets`, `kept_channels`, `scores`, `quantized` and `sensitivity` as in `write_report`:
+        tables and pictures of pruning and of quantization.
         """
         if self._active:
             self._open()
@@ -86,7 +87,9 @@ class Reporter:
             self._tracker.summary(self._summary)
             if shown:
                 drawn = pictures.drawn(shown["layers"], shown["kept_channels"], shown["scores"])
-                self._tracker.show(figures.tables(shown["targets"], shown["layers"]), drawn)
+                self._tracker.show("pruning", figures.tables(shown["targets"], shown["layers"]), drawn)
+                both = shown["quantized"], shown["sensitivity"]
+                self._tracker.show("quantization", quantized.tables(*both), quantized_pictures.drawn(*both))
 
     def close(self, finished: bool = True) -> None:
         """End the progress line, print the table, end the W&B run, waiting for it a bounded time.

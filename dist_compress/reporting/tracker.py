@@ -139,16 +139,16 @@ class Tracker:
         if self._process is not None:
             self._queue.put({"summary": summary})
 
-    def show(self, tables: Mapping[str, figures.Table], drawings: Mapping[str, Drawing]) -> None:
-        """Queue tables and pictures of the result, one panel each. Never waits, never raises."""
+    def show(self, section: str, tables: Mapping[str, figures.Table], drawings: Mapping[str, Drawing]) -> None:
+        """Queue tables and pictures of the result, one panel each, in a section. Never waits, never raises."""
         if self._process is None:
             return
         images = {}
         for name, drawing in drawings.items():
             file = self._folder / f"{name.replace(' ', '_')}.png"
             file.write_bytes(drawing.png())
-            images[f"pruning/{name}"] = str(file)
-        self._queue.put({"tables": {f"pruning/{name}": table for name, table in tables.items()}, "images": images})
+            images[f"{section}/{name}"] = str(file)
+        self._queue.put({"tables": {f"{section}/{name}": table for name, table in tables.items()}, "images": images})
 
     def close(self, finished: bool = True) -> str | None:
         """End the W&B run, as crashed unless `finished`. Returns the command that uploads it, if needed."""
