@@ -23,7 +23,7 @@ def drawn(quantized: Sequence[Row], sensitivity: Sequence[Row]) -> dict[str, Dra
     if any(row["sqnr_db"] is not None for row in quantized):
         found["signal to noise"] = noise(quantized)
     if sensitivity:
-        found["sensitivity"] = sensitivity_bars(sensitivity)
+        found["sensitivity of the weights"] = sensitivity_bars(sensitivity)
     return found
 
 

@@ -73,6 +73,8 @@ def test_the_same_shapes_as_svg_and_png():
         assert len(svg.findall(".//rect")) == len([item for item in d.items if isinstance(item, Rect)])
         assert Image.open(io.BytesIO(d.png())).size == (round(2 * d.width), round(2 * d.height))
     assert quantized_pictures.drawn([], []) == {}
+    both = quantized_pictures.drawn(TENSORS, SENSITIVITY), quantized.tables(TENSORS, SENSITIVITY)
+    assert not both[0].keys() & both[1].keys()  # in W&B they are panels of one section
     assert list(quantized_pictures.drawn([tensor("a", "weight", None)], [])) == []
 
 
