@@ -132,7 +132,9 @@ class PruningConfig:
 
 @dataclass
 class TeacherConfig:
-    mode: str = "online"  # online: each rank runs the teacher on its own samples | store: its answers are on disk
+    # online: each rank runs the teacher on its own samples | store: its answers are on disk | self: as online, the
+    mode: str = "online"  # teacher is the student as it is at `start`
+    start: float | str = 0.5  # a duration, for mode=self; the task's loss counts whole until then
     store: str | None = None  # folder of a teacher store, for mode=store
     model: ModelConfig = field(default_factory=ModelConfig)  # with its weights
     precision: str = "fp32"  # fp32 | bf16 | fp16: of the teacher's weights and forward passes
@@ -254,7 +256,7 @@ _CHOICES = {
     "train.precision": ("fp32", "bf16"),
     "optim.schedule": ("constant", "cosine", "step"),
     "pruning.compute": ("channels", "params", "macs", "latency"),
-    "distillation.teacher.mode": ("online", "store"),
+    "distillation.teacher.mode": ("online", "store", "self"),
     "distillation.store.encoding": ("auto", "dense_fp16", "topk_u8", "topk_fp16"),
     "distillation.teacher.precision": ("fp32", "bf16", "fp16"),
     "distillation.weight_ramp.name": ("linear", "cosine"),

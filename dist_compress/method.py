@@ -76,7 +76,7 @@ class Method:
     """A technique. Every hook is optional; `state_dict` must be identical on every rank (gather before)."""
 
     compresses = True  # False: the model keeps its shape, and no decision is waited for
-    adjective = ""  # of the model once `start` was called, which names its metrics: quantized
+    adjective = ""  # of the model that `start` has changed, which names its metrics: quantized
 
     def foresee(self, model: nn.Module, example: Any) -> dict[tuple[str, str], Any]:
         """{(module, target): how it is going to be delivered}, of the model before anything is attached, which stays as

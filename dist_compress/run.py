@@ -41,7 +41,8 @@ from dist_compress.training.data.tokenizer import check_vocabulary
 from dist_compress.training.loop import Trainer
 from dist_compress.training.schedule import run_length
 
-SMALL = "fine-tune"  # the phase of a checkpoint written after the shrink
+CHANGING = "compress"  # the phase of a checkpoint written after the dense model was measured
+SMALL = "fine-tune"  # ... after the shrink
 CHECKED = 64  # held-out samples on which what is delivered is compared
 SHRUNK_BY = Path("checkpoints", "plan")  # of a resumed run: with what the methods have added to the model
 
@@ -126,6 +127,8 @@ class Job:
     def teacher_model(self) -> nn.Module:
         """The network that a student learns from, with its weights, the same on every rank. Local."""
         wanted = self.config.distillation.teacher.model
+        if self.config.distillation.teacher.mode == "self":
+            return self.dense_model()  # the weights come when it starts to teach
         if wanted.weights is None and wanted.target is None and not models.has_weights(wanted):
             raise UserError(
                 "distillation.teacher.model.weights is not set: a teacher with random weights teaches noise. Give a "
@@ -232,7 +235,7 @@ class Job:
             if (step := method.start_step(shrink)) is not None:
                 events.append((step, partial(self.start, method)))
         first = min([step for step, _ in events] + ([] if change is None else [change]), default=None)
-        if first is not None and (self.trainer.step < first or not self.trainer.settled):
+        if first is not None and self.trainer.phase not in (CHANGING, SMALL):
             events.insert(0, (first, self.dense))
         return sorted(events, key=lambda event: event[0])  # on one boundary in this order
 
@@ -260,14 +263,16 @@ class Job:
         """What the model is before anything changes it; the decisions of this boundary are not taken yet."""
         self.outcome.before(self.evaluate())
         self.reporter.event(self.outcome.line("before"), self.trainer.step)
+        self.trainer.phase = CHANGING
 
     def start(self, method: Method) -> None:
-        """Calibrate a method, and train on with what it makes of the model."""
+        """A method looks at the model or at data, and acts from here on."""
         self.trainer.settle()
         for line in method.start():
             self.reporter.event(line, self.trainer.step)
-        self.outcome.became(method.adjective, self.evaluate())
-        self.reporter.event(self.outcome.line(method.adjective), self.trainer.step)
+        if method.adjective:
+            self.outcome.became(method.adjective, self.evaluate())
+            self.reporter.event(self.outcome.line(method.adjective), self.trainer.step)
         self.trainer.save()
 
     def shrink(self) -> None:

@@ -25,6 +25,7 @@ from dist_compress.distillation.targets import DISTILLATION, resolve, wanted
 from dist_compress.distillation.teacher import OnlineTeacher, Teacher
 from dist_compress.distillation.term import Moment, Term, options_of, term_class
 from dist_compress.distillation.translators import Translators
+from dist_compress.duration import duration
 from dist_compress.errors import UserError
 from dist_compress.method import Context, Method, Tensors
 from dist_compress.sites import Sites
@@ -49,6 +50,7 @@ class Distiller(Method):
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         self.config, self.teacher, self.step = config.distillation, teacher, 0
+        self.teaches = self.config.teacher.mode != "self"  # else when it has got its weights
         self.lr = config.distillation.translator_lr
 
     def attach(self, context: Context) -> None:
@@ -97,11 +99,35 @@ class Distiller(Method):
         first, config = getattr(self.config, name), getattr(self.config, f"{name}_ramp")
         return Ramp(first, config, f"{ROOT}.{name}_ramp", context.total_steps, context.steps_per_epoch)
 
+    def start_step(self, shrink: int | None) -> int | None:
+        if self.teaches:
+            return None
+        start, end = self.config.teacher.start, self.context.total_steps
+        step = duration(start, f"{ROOT}.teacher.start", end, self.context.steps_per_epoch)
+        if step >= min(end, end if shrink is None else shrink):
+            last = f"the run has {end} steps" if shrink is None else f"the model is shrunk at step {shrink}"
+            raise UserError(
+                f"{ROOT}.teacher.start={start!r} is step {step}, but {last}: the student cannot become its teacher "
+                "then. Lower it, best to the start of the compression."
+            )
+        return step
+
+    def start(self) -> list[str]:
+        """Let the teacher be the student as it is, beneath masks and quantizers. Local, the same on every rank."""
+        assert self.teacher.model is not None
+        with self.context.projection.lifted():
+            here = self.context.model.state_dict()
+            self.teacher.model.load_state_dict({name: here[name] for name in self.teacher.model.state_dict()})
+        self.teaches = True
+        return ["the student as it is now is the teacher from here on"]
+
     def task_weight(self, step: int) -> float:
-        return self.config.task_weight
+        return self.config.task_weight if self.teaches else 1.0
 
     def loss(self, step: int, batch: dict[str, Any], output: Any) -> dict[str, torch.Tensor]:
         self.step = step
+        if not self.teaches:
+            return {f"{term.name}_loss": torch.zeros((), device=comm.device()) for term in self.terms}
         moment, weight = Moment(step, self.temperature(step)), self.weight(step)
         answer = self.teacher(batch, isinstance(getattr(output, "logits", None), Headless))
         return {f"{term.name}_loss": weight * term.loss(moment, batch, output, answer) for term in self.terms}
@@ -152,10 +178,15 @@ class Distiller(Method):
     def state_dict(self) -> dict[str, Any]:
         none = torch.zeros(0, dtype=torch.int64)
         kept = {layer.name: none if layer.kept is None else layer.kept for layer in self.layers}
-        return {"translators": self.translators.state_dict(), "kept": kept}
+        own = self.teacher.model if self.teaches and self.config.teacher.mode == "self" else None
+        weights = {} if own is None else own.state_dict()
+        return {"translators": self.translators.state_dict(), "kept": kept, "teacher": weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.translators.load_state_dict(state["translators"])
+        if state["teacher"] and self.teacher.model is not None:
+            self.teacher.model.load_state_dict(state["teacher"])
+            self.teaches = True
         for layer in self.layers:
             kept = state["kept"][layer.name].to(comm.device())
             layer.kept = None if not len(kept) else LOST if kept.equal(LOST.to(kept)) else kept

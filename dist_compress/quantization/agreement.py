@@ -18,6 +18,7 @@ from dist_compress import comm
 from dist_compress.tracing.untouched import untouched
 from dist_compress.tracing.verify import verify
 
+FOLD_TOLERANCE = 1e-4  # largest difference of the folded from the simulated model
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -46,6 +47,18 @@ class Agreement:
     def _difference(self) -> float | None:
         answers = None if self.answers is None else outputs(self.model, self.example)
         return None if answers is None else verify(self.answers, answers)
+
+
+def folded_difference(simulated: Any, folded: Any) -> float:
+    """max|folded - simulated| / max|simulated| of the answers to one call. Local. Raises RuntimeError where it is too
+    large to ship."""
+    difference = verify(simulated, folded)
+    if not difference <= FOLD_TOLERANCE:
+        raise RuntimeError(
+            f"simulated and folded model differ by {difference:.3g} (relative), more than {FOLD_TOLERANCE:g}: "
+            "nothing is exported. The statistics of a BatchNorm are extreme; train on or exclude its layer."
+        )
+    return difference
 
 
 def answer(model: nn.Module, call: Call) -> Any:

@@ -42,6 +42,7 @@ class FakeQuantize(nn.Module):
     trains = True  # the model is trained with it; False: it is put on when training is over
     refits = True  # the range of a parameter is taken from it again at every step
     activations = True  # False: only parameters can be its targets
+    elementwise = True  # what becomes of a weight depends on it and on the scale alone
     folds = True  # the weight is quantized as it is when the norm behind it is folded
     mixes = True  # the dtype of a weight may still change when the calibration is over
     binary = False  # quant_dtype: binary is possible
@@ -64,6 +65,7 @@ class FakeQuantize(nn.Module):
         observed = spec.is_activation and not spec.granularity.dynamic
         self.observer: Observer | None = self.new_observer(shape, device) if observed else None
         self.enabled = False  # what comes out is quantized
+        self.held = False  # the range of a parameter stays, though the method refits
         self.hearing = False  # what comes in is observed
         self.measured: list[Measured] = []  # by this forward pass, not yet counted
         self.cut_off = 0.0  # the smallest value of the calibration, where it is negative and the method has only others

@@ -162,7 +162,7 @@ def compressing(quantizer: FakeQuantize, fold: Fold | None) -> Callable[[torch.T
 
     def compress(masked: torch.Tensor) -> torch.Tensor:
         weight = masked if fold is None else fold.into(masked)
-        if quantizer.refits:
+        if quantizer.refits and not quantizer.held:
             quantizer.fit(weight)
         compressed = quantizer.compress(weight)
         return compressed if fold is None else fold.out_of(compressed)

@@ -159,6 +159,8 @@ def _checks(summary: dict[str, Any]) -> list[tuple[str, str]]:
         found.append(("Perplexity, masked", figures.number(summary["perplexity/masked"])))
     if summary.get("verify/max_rel_diff") is not None:
         found.append(("Masked vs shrunk, max rel. diff.", f"{summary['verify/max_rel_diff']:.2e}"))
+    if summary.get("verify/quantized_max_rel_diff") is not None:
+        found.append(("The same, quantized", f"{summary['verify/quantized_max_rel_diff']:.2e}"))
     if summary.get("verify/folded_max_rel_diff") is not None:
         found.append(("Folded vs simulated, max rel. diff.", f"{summary['verify/folded_max_rel_diff']:.2e}"))
     for key in sorted(k for k in summary if k.startswith("export/") and k.endswith("/top1_agreement")):

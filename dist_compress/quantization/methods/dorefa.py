@@ -34,7 +34,7 @@ class Options:
 
 
 class Dorefa(FakeQuantize):
-    folds = mixes = False
+    folds = mixes = elementwise = False
     binary = True
     weight_granularity = "per_tensor"
     apply_method = "dorefa_clamp_round"
