@@ -64,7 +64,7 @@ def kept_map(rows: Sequence[Row]) -> Drawing:
 
 def layer_columns(title: str, layers: Sequence[Row], before: str, after: str, relative: bool = False) -> Drawing:
     """A column for each layer: what it had, and in it what is left. `relative`: every layer had 100 %."""
-    height, bottom, top, left = 190, 26, 12, 52
+    height, bottom, top, left = 190, 26, 12, 62
     d = Drawing(_WIDTH, height, title)
     width = (_WIDTH - left - 4) / len(layers)
     highest = 1.0 if relative else max([layer[before] for layer in layers] + [1])

@@ -1,7 +1,7 @@
 """Every file of quantization/methods, by itself: equal scales and weights at 1 to 4 ranks, and across a resume.
 
-The micro-batches of a step are 5, or 3 larger ones: ranks accumulate, and some have none in the last round. One layer
-is reached by some of the micro-batches only, so that some ranks never see data of it in a step.
+The micro-batches of a step are 5, or for two methods 3 larger ones: ranks accumulate, and some have none in the last
+round. One layer is reached by some of the micro-batches only, so that some ranks never see data of it in a step.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def run(method: str, micro: int) -> tuple[list[list[str]], dict[str, float], lis
 
 @pytest.mark.parametrize("method", METHODS)
 def test_scales_and_weights_are_the_same_at_any_number_of_ranks(ranks, method):
-    for micro in (8, 12):
+    for micro in (8, 12) if method in ("qat", "lsq_plus") else (8,):
         found, loss, passes = ranks(1, run, method, micro)[0]
         trained = len(found) > 1
         assert len({weights for _, weights in found}) == (STEPS + 1 if trained else 1)

@@ -20,7 +20,7 @@ from dist_compress.errors import UserError  # noqa: E402
 from dist_compress.quantization.mixed import select  # noqa: E402
 from dist_compress.training.calibration import calibrate  # noqa: E402
 
-MIXED = {"candidates": ["int2", "int4", "int8"], "samples": 120}
+MIXED = {"candidates": ["int2", "int4", "int8"], "samples": 60}
 
 
 def mixed(**keys: Any) -> Any:
@@ -82,10 +82,10 @@ def test_a_row_is_the_loss_of_the_model_with_that_weight_quantized():
     plain, quantizer = made(method="ptq", config_list=[{**entries[0], "quant_dtype": "int2"}])
     evaluate = quantizer.context.evaluate
     assert evaluate is not None
-    before = evaluate(120)["loss"]
+    before = evaluate(60)["loss"]
     plain.projection.restore()
     quantizer.begin()
-    assert rows[0]["loss"] == evaluate(120)["loss"] - before != 0
+    assert rows[0]["loss"] == evaluate(60)["loss"] - before != 0
     weight = plain.model.get_parameter("conv2.weight")
     assert rows[0]["bytes"] == weight.numel() // 4 + 4 * weight.shape[0] and not rows[0]["chosen"]
 
