@@ -17,9 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-RUN = [
-    "+recipe=cifar_prune", "logger=none", "train.exact=false", "train.micro_batch_size=128", "checkpoint.every_steps=0",
-]  # fmt: skip
+RUN = ["+recipe=cifar_prune", "logger=none", "train.exact=false", "train.micro_batch_size=128"]
 
 
 def accuracy(overrides: list[str]) -> tuple[float, float]:
