@@ -1,10 +1,10 @@
 """Quantizing resnet20 on CIFAR-10 from given weights: accuracy lost over seeds, and ONNX Runtime's beside it.
 
-    python benchmarks/quantization.py IMAGES RESNET20.safetensors [--seeds 3] [--methods ptq qat lsq]
+    python benchmarks/quantization.py IMAGES RESNET20.safetensors [--seeds 3] [--methods ptq add qat lsq]
 
 IMAGES/{train,test}/<class>/*.png; weights of the option-A CIFAR nets. A row for each method: int8 after training, int8
 in one epoch, weights of 4 bits in two epochs. Every exported file computes all test images with ONNX Runtime. Then the
-latency of the last file of ptq, int8 and fp32 in turns. Prints Markdown and what the CPU has for int8.
+latencies of the last file of ptq (and add), int8 and fp32 in turns. Prints Markdown and what the CPU has for int8.
 """
 
 from __future__ import annotations
@@ -34,12 +34,17 @@ RUN = [
     "logger=none", "train.channels_last=true", "train.global_batch_size=128", "train.micro_batch_size=128",
     "train.eval_batch_size=250", "optim=sgd", "optim.weight_decay=0.0001", "export=[safetensors,onnx]",
 ]  # fmt: skip
+ADDITIONS = "[{op_types: [Conv2d, Linear, add]}]"
 METHODS = {
     "ptq": ["quantization=ptq", "train.max_steps=0"],
+    "add": ["quantization=ptq", "train.max_steps=0", f"quantization.config_list={ADDITIONS}"],
     "qat": ["quantization=qat", "train.epochs=1", "optim.lr=0.005"],
     "lsq": ["quantization=lsq", "train.epochs=2", "optim.lr=0.01"],
 }
-TITLES = {"ptq": "int8, ptq", "qat": "int8, qat, 1 epoch", "lsq": "int4 weights, lsq, 2 epochs"}
+TITLES = {
+    "ptq": "int8, ptq", "add": "int8, ptq, additions too", "qat": "int8, qat, 1 epoch",
+    "lsq": "int4 weights, lsq, 2 epochs",
+}  # fmt: skip
 
 
 def session(path: Path) -> Any:
@@ -103,17 +108,19 @@ def main(images: str, weights: str, seeds: int, methods: list[str]) -> None:
                         "max_diff": summary["export/onnx/max_diff"], "runtime": accuracy(int8, held_out),
                     }
                 )  # fmt: skip
-                if method == "ptq":
+                if method in ("ptq", "add"):
                     dense = build(ModelConfig(**json.loads((run_dir / "model.json").read_text())["model"]), 10, 0)
                     load_weights(dense, weights)
                     example = held_out.batch(torch.arange(2), None)["inputs"]
                     exporter.export(folder, dense.eval(), None, None, ((example,), {}))  # type: ignore[arg-type]
                     runs = {"fp32": session(Path(folder) / exporter.FILE), "int8": int8}
-                    took = {n: latencies(runs, held_out.batch(torch.arange(n), None)["inputs"]) for n in (1, 32)}
+                    batches = {n: held_out.batch(torch.arange(n), None)["inputs"] for n in (1, 32)}
+                    took[method] = {n: latencies(runs, batch) for n, batch in batches.items()}
         print(row(method, found), flush=True)
     print()
-    for size, by_file in took.items():
-        print(f"ONNX Runtime, batch {size}, one thread: fp32 {by_file['fp32']:.1f} ms, int8 {by_file['int8']:.1f} ms")
+    for method, by_size in took.items():
+        for size, ms in by_size.items():
+            print(f"{TITLES[method]}: batch {size}, one thread: fp32 {ms['fp32']:.2f} ms, int8 {ms['int8']:.2f} ms")
     print(f"int8 dot products: {'missing, weights of 7 bits' if cpu.needs_reduced_range() else 'yes'}")
 
 
