@@ -129,6 +129,7 @@ class Fold:
     def __init__(self, layer: nn.Module, norm: nn.Module) -> None:
         self.layer, self.norm = layer, norm
         self.dim = 1 if isinstance(layer, _TRANSPOSED) else 0
+        self.used: torch.Tensor | None = None  # the factor in the weights that are projected; the statistics go on
 
     def factor(self) -> torch.Tensor:
         """gamma / sigma, float32, in a shape that broadcasts to the weight."""
@@ -139,13 +140,13 @@ class Fold:
         shape[self.dim] = -1
         return factor.view(shape)
 
-    def into(self, weight: torch.Tensor) -> torch.Tensor:
+    def into(self, weight: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
         """The weight of the folded layer."""
-        return weight.float() * self.factor()
+        return weight.float() * (self.factor() if factor is None else factor)
 
-    def out_of(self, folded: torch.Tensor) -> torch.Tensor:
+    def out_of(self, folded: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
         """The weight that the norm makes `folded` of; 0 where gamma is, since then nothing of it is seen."""
-        factor = self.factor()
+        factor = self.factor() if factor is None else factor
         return torch.where(factor == 0, 0.0, folded / torch.where(factor == 0, 1.0, factor))
 
     def bias(self) -> torch.Tensor:
@@ -161,13 +162,24 @@ def compressing(quantizer: FakeQuantize, fold: Fold | None) -> Callable[[torch.T
     """What the projection makes of a masked weight."""
 
     def compress(masked: torch.Tensor) -> torch.Tensor:
-        weight = masked if fold is None else fold.into(masked)
+        if fold is not None:
+            fold.used = fold.factor()
+        weight = masked if fold is None else fold.into(masked, fold.used)
         if quantizer.refits and not quantizer.held:
             quantizer.fit(weight)
         compressed = quantizer.compress(weight)
-        return compressed if fold is None else fold.out_of(compressed)
+        return compressed if fold is None else fold.out_of(compressed, fold.used)
 
     return compress
+
+
+def gradient(quantizer: FakeQuantize, fold: Fold | None, masked: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """That of the masked weight, of the gradient of what `compressing` made of it: Q(v) / f of v = w * f."""
+    if fold is None:
+        return quantizer.weight_gradient(masked, grad)
+    return fold.into(
+        quantizer.weight_gradient(fold.into(masked, fold.used), fold.out_of(grad, fold.used)), fold.used
+    )
 
 
 @torch.no_grad()

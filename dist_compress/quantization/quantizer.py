@@ -217,14 +217,10 @@ class Quantizer(Method):
         for quantizer in self.activations.values() if self.begun else ():
             quantizer.before_step()
         for path, quantizer in self.parameters.items() if self.begun else ():
-            parameter, fold = self.context.model.get_parameter(path), self._fold_of(path)
-            if parameter.grad is None:
-                continue
-            if fold is None:
-                grad = quantizer.weight_gradient(self._folded(path), parameter.grad)
-            else:  # the parameter holds Q(v) / f of v = w * f
-                grad = fold.into(quantizer.weight_gradient(self._folded(path), fold.out_of(parameter.grad)))
-            parameter.grad.copy_(grad)
+            parameter = self.context.model.get_parameter(path)
+            if parameter.grad is not None:
+                masked = self.context.projection.before(path, "quant")
+                parameter.grad.copy_(fuse.gradient(quantizer, self._fold_of(path), masked, parameter.grad))
 
     def after_step(self, step: int) -> None:
         """Ranges of the step become those of the next. Collective, on the steps that are observed."""

@@ -8,7 +8,11 @@ from nets import EXAMPLE, attached, calibrated, net
 from torch import nn
 
 from dist_compress.errors import UserError
-from dist_compress.quantization.fuse import Fold, Folded, Fused, find, fold
+from dist_compress.quantization.dtypes import DTYPES
+from dist_compress.quantization.fake_quant import Spec
+from dist_compress.quantization.fuse import Fold, Folded, Fused, compressing, find, fold, gradient
+from dist_compress.quantization.granularity import PerTensor
+from dist_compress.quantization.methods import lsq
 from dist_compress.sites import Sites
 
 
@@ -64,6 +68,22 @@ def test_the_folded_layer_is_layer_and_norm(layer, norm, shape):
     fold(model, Fused("0", "1"), weight)
     torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-4)
     assert isinstance(model[1], Folded)
+
+
+def test_the_gradient_is_that_of_the_statistics_that_were_projected():
+    """Those of the norm move on between the forward pass and the optimizer step."""
+    layer, norm = nn.Linear(4, 3), statistics(nn.BatchNorm1d(3))
+    quantizer = lsq.Lsq(Spec(DTYPES["int4"], "symmetric", PerTensor(), False, False), (3, 4), lsq.Options())
+    fold, weight, grad = Fold(layer, norm), layer.weight.detach(), torch.randn(3, 4)
+    quantizer.fit(fold.into(weight))
+    compressing(quantizer, fold)(weight)
+    wanted = gradient(quantizer, fold, weight, grad), quantizer.scale.grad.clone()
+    norm.running_var.mul_(9)
+    assert torch.equal(gradient(quantizer, fold, weight, grad), wanted[0])
+    assert torch.equal(quantizer.scale.grad, wanted[1])
+    fold.used = fold.factor()
+    gradient(quantizer, fold, weight, grad)
+    assert not torch.equal(quantizer.scale.grad, wanted[1])
 
 
 def test_a_gamma_of_zero_is_no_division_by_zero():
