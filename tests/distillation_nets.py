@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from whole_runs import killed_at
 
 from dist_compress.config import load
 from dist_compress.distillation.distiller import Distiller
@@ -142,28 +143,9 @@ def whole_run(run_dir: str, *overrides: str) -> dict[str, Any]:
     return {**json.loads((Path(run_dir) / "summary.json").read_text()), "series": [json.loads(line) for line in lines]}
 
 
-class Killed(BaseException):
-    pass
-
-
 def killed_run(run_dir: str, step: int, *overrides: str) -> None:
-    """A run that ends without a word after `step` steps."""
-    from dist_compress.training.loop import Trainer
-
-    original = Trainer._one_step
-
-    def dying(self: Trainer) -> Any:
-        if self.step == step:
-            raise Killed
-        return original(self)
-
-    Trainer._one_step = dying
-    try:
+    with killed_at(step):
         whole_run(run_dir, *overrides)
-    except Killed:
-        pass
-    finally:
-        Trainer._one_step = original
 
 
 def hidden_series(summary: dict[str, Any]) -> list[dict[str, float]]:

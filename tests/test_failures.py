@@ -97,7 +97,7 @@ REFUSED = {  # overrides; what is said; {} is the folder of the fixture
     "cut torch": (["model.weights={}/cut.pt"], "cut.pt': truncated, damaged"),
     "few samples": (["data=image_folder", "data.root={}/three"], "3 evaluation samples for world size 4: fewer"),
     "few micros": (["train.micro_batch_size=8"], "3 micro-batches cannot occupy world size 4"),
-    "format": (["export=[gguf]"], "export=[gguf]: no such format. Available: onnx, safetensors."),
+    "format": (["export=[gguf]"], "no such format. Available: onnx, safetensors, torch_export, torchao."),
     "shrink": (["speedup.at=2steps"], "speedup.at='2steps' is step 2, before the last pruning decision"),
     "optimizer": (["optim.name=LBFGS"], "optim.name='LBFGS' cannot be used"),
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from whole_runs import killed_at, killed_in
 
 STEPS = 14
 QUICK = [
@@ -46,29 +48,11 @@ def read_summary(run_dir: str) -> dict[str, Any]:
     return {**json.loads((Path(run_dir) / "summary.json").read_text()), **more}
 
 
-class Killed(BaseException):
-    pass
-
-
 def killed_run(run_dir: str, step: int, *overrides: str) -> None:
-    """A run that ends without a word once `step` steps are done; its checkpoints are all that stays."""
-    from dist_compress.training.loop import Trainer
-
+    """Its checkpoints are all that stays."""
     Path(run_dir).mkdir(exist_ok=True)
-    original = Trainer._one_step
-
-    def dying(self: Trainer) -> Any:
-        if self.step == step:
-            raise Killed
-        return original(self)
-
-    Trainer._one_step = dying
-    try:
+    with killed_at(step):
         whole_run(run_dir, *overrides)
-    except Killed:
-        pass
-    finally:
-        Trainer._one_step = original
 
 
 def fingerprints(summary: dict[str, Any]) -> dict[str, Any]:
@@ -153,20 +137,9 @@ def killed_before_the_small_checkpoint(run_dir: str) -> int:
     from dist_compress import run
     from dist_compress.training.loop import Trainer
 
-    save = Trainer.save
-
-    def dying(self: Trainer) -> Any:
-        if self.phase == run.SMALL:
-            raise Killed
-        return save(self)
-
-    Trainer.save = dying
-    try:
+    with killed_in(Trainer, "save", lambda trainer: trainer.phase == run.SMALL):
         whole_run(run_dir, "checkpoint.every_steps=5", "export=[]")
-    except Killed:
-        assert (Path(run_dir) / "config.yaml").is_file(), "a run says what it is from its start"
-    finally:
-        Trainer.save = save
+    assert (Path(run_dir) / "config.yaml").is_file(), "a run says what it is from its start"
     whole_run(run_dir, "checkpoint.every_steps=5", "export=[]", "speedup.tolerance=1e-4")
     return len(json.loads((Path(run_dir) / "facts.json").read_text())["kept"])
 
@@ -276,21 +249,9 @@ def killed_while_it_searches(run_dir: str, *overrides: str) -> None:
     """A run that ends in the middle of its fourth measurement."""
     from dist_compress import run
 
-    original, count = run.Job.measure, [0]
-
-    def dying(self: Any, num_samples: int) -> dict[str, float]:
-        count[0] += 1
-        if count[0] == 4:
-            raise Killed
-        return original(self, num_samples)
-
-    run.Job.measure = dying
-    try:
+    count = itertools.count(1)
+    with killed_in(run.Job, "measure", lambda job: next(count) == 4):
         whole_run(run_dir, *overrides)
-    except Killed:
-        pass
-    finally:
-        run.Job.measure = original
 
 
 def found(run_dir: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from whole_runs import killed_at
 
 QUICK = [
     "+recipe=resnet_fusion",
@@ -70,27 +71,9 @@ def check_masked(quantizer: Any) -> None:
         assert (level - level.round()).abs().max() < 1e-3 and 0.5 < level.abs().max() < 8.01
 
 
-class Killed(BaseException):
-    pass
-
-
 def killed_run(run_dir: str, step: int) -> None:
-    from dist_compress.training.loop import Trainer
-
-    original = Trainer._one_step
-
-    def dying(self: Trainer) -> Any:
-        if self.step == step:
-            raise Killed
-        return original(self)
-
-    Trainer._one_step = dying
-    try:
+    with killed_at(step):
         whole_run(run_dir, "checkpoint.every_steps=1")
-    except Killed:
-        pass
-    finally:
-        Trainer._one_step = original
 
 
 def bits(summary: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from whole_runs import killed_at
 
 import dist_compress
 
@@ -27,27 +28,16 @@ OVERRIDES = [
 ]  # fmt: skip
 
 
-def run(folder: str, killed_at: int | None = None) -> dict[str, Any]:
+def run(folder: str, stop: int | None = None) -> dict[str, Any]:
     from dist_compress import compose, outcome
     from dist_compress import run as runner
-    from dist_compress.training.loop import Trainer
 
     outcome.LATENCY_S = 0.02
     Path(folder).mkdir(exist_ok=True)
-    original = Trainer._one_step
-
-    def step(self: Trainer) -> Any:
-        if self.step == killed_at:
-            raise KeyboardInterrupt
-        return original(self)
-
-    Trainer._one_step = step
-    try:
+    with killed_at(stop):
         runner.run(compose.compose(compose.parse([*OVERRIDES, f"run_dir={folder}"])))
-    except KeyboardInterrupt:
+    if not (Path(folder) / "summary.json").exists():
         return {}
-    finally:
-        Trainer._one_step = original
     facts = json.loads((Path(folder) / "facts.json").read_text())
     summary = json.loads((Path(folder) / "summary.json").read_text())
     names = ("fingerprint/weights", "fingerprint/plan", "loss/masked", "loss/shrunk", "loss/after")
