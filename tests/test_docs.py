@@ -26,7 +26,7 @@ import yaml
 
 from dist_compress import compose, config, pruning, selection, strict
 from dist_compress.blocks import NAMES
-from dist_compress.config_list.entry import TARGETS
+from dist_compress.config_list.checking import TARGETS
 from dist_compress.errors import UserError
 from dist_compress.method import Context
 from dist_compress.projection import Projection

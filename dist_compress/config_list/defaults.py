@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from dist_compress.config_list.entry import Entry, by_target
-from dist_compress.config_list.noun import Asked, Noun
+from dist_compress.config_list.checking import by_target
+from dist_compress.config_list.entry import Asked, Entry
+from dist_compress.config_list.noun import Noun
 from dist_compress.errors import UserError
 from dist_compress.selection import Modules, type_name
 

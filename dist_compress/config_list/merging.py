@@ -12,8 +12,9 @@ from typing import Any, Generic
 
 from torch import nn
 
+from dist_compress.config_list.checking import check
 from dist_compress.config_list.defaults import Defaults
-from dist_compress.config_list.entry import Entry, check, is_activation
+from dist_compress.config_list.entry import Entry, is_activation
 from dist_compress.config_list.noun import Noun, S
 from dist_compress.config_list.setting import Setting, shown
 from dist_compress.errors import UserError

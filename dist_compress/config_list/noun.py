@@ -22,17 +22,14 @@ Nothing here is collective; the result is the same on every rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from dist_compress.config_list.entry import Asked, Entry
 from dist_compress.config_list.setting import Setting
 from dist_compress.selection import Modules
 
-if TYPE_CHECKING:
-    from dist_compress.config_list.entry import Entry
-
-Asked = list[tuple[dict[str, Any], str]]  # values and where they stand, the later ones win
 S = TypeVar("S", bound=Setting)
 
 
