@@ -27,7 +27,11 @@ count_ranks() {
 }
 
 needed_extra() { # $@: overrides of a job
-  case " $* " in *" model=timm "* | *" model=hf "*) echo models ;; esac
+  local extras=()
+  case " $* " in *" model=timm "* | *" model=hf "* | *" model=llama "* | *" model=bert "* | *recipe=llama_* | *recipe=bert_*)
+    extras+=(models) ;; esac
+  case " $* " in *onnx* | *recipe=resnet_ptq* | *recipe=resnet_qat* | *recipe=resnet_fusion*) extras+=(onnx) ;; esac
+  (IFS=,; echo "${extras[*]:-}")
 }
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun's own choice, without its warning
