@@ -60,8 +60,8 @@ def ours(model: nn.Module, x: torch.Tensor, y: torch.Tensor, defaults: dict[str,
         }
     )
     projection = Projection(model)
-    quantizer = quantization.build(config)
-    assert quantizer is not None
+    [quantizer] = quantization.build(config)
+    assert isinstance(quantizer, quantization.Quantizer)
     quantizer.attach(Context(config, model, projection, Coupling(), 1, 10**6, 1e6, ((x[:2],), {})))
     quantizer.calibrating = True
     model.eval()(x)

@@ -124,8 +124,10 @@ class Method:
         """Slice, as `rebase` did the method's own parameters, what is shaped like them. Local."""
         return tensors
 
-    def reattach(self) -> None:
-        """The shrunk model was compared with the masked one: act on as before `detach`. Collective."""
+    def reattach(self) -> list[str]:
+        """The shrunk model was compared with the masked one: act on as before `detach`. Returns lines for the user.
+        Collective."""
+        return []
 
     def finish(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Training is over: leave in the model what is delivered, and return what the report and the summary tell of

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
-from dist_compress import comm, compose, cost_file, distillation, pruning, run_folder, speedup
+from dist_compress import comm, compose, cost_file, distillation, pruning, quantization, run_folder, speedup
 from dist_compress.config import Config, load
 from dist_compress.errors import UserError
 from dist_compress.method import Context, Method
@@ -104,8 +104,11 @@ class Attached:
                 f"attach: distillation.method={config.distillation.method!r}: the losses of your loop are yours. Add "
                 "dist_compress.distillation.losses.divergence to them, and take distillation out of the recipe."
             )
-        if config.quantization.method is not None:
-            raise UserError("attach: quantization needs the calibration of a run; set quantization.method=null here.")
+        if quantization.build(config):
+            raise UserError(
+                "attach: quantization needs the calibration of a run. Set quantization.method=null here, and no method "
+                "in quantization.config_list."
+            )
         if config.speedup.at is not None:
             raise UserError(
                 f"attach: speedup.at={config.speedup.at!r}: finish() shrinks the model. Leave it null here."

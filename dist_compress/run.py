@@ -291,8 +291,8 @@ class Job:
         if plan is not None and (shipped := self.plan) is not None:
             self.verify(masked, shipped)
             comm.on_rank0(lambda: (shipped.save(self.run_dir), plan.save(self.run_dir / SHRUNK_BY)))
-        for method in self.methods:
-            method.reattach()
+        for line in [line for method in self.methods for line in method.reattach()]:
+            self.reporter.event(line, self.trainer.step)
         self.trainer.rebuild(lambda moments: self.follow(plan, moments))
         if plan is not None:
             self.outcome.became("shrunk", self.evaluate())

@@ -366,6 +366,9 @@ def test_what_cannot_be_asked_of_a_loop_that_is_done_or_not(tmp_path: Path) -> N
     assert dist_compress.load(tmp_path, model=net())[0].weight.flatten(1).eq(0).all(1).sum() == 4
 
 
+BY_ENTRY = {"config_list": [{"op_types": ["Linear"], "method": "qat"}]}  # and no quantization.method
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -374,6 +377,8 @@ def test_what_cannot_be_asked_of_a_loop_that_is_done_or_not(tmp_path: Path) -> N
         ({"recipe": {"prunning": {}}}, "prunning: no such key"),
         ({"recipe": {**RECIPE, "speedup": {"at": 0.9}}}, "speedup.at=0.9: finish\\(\\) shrinks the model"),
         ({"recipe": {**RECIPE, "train": {"exact": True}}}, "train of the recipe would have no effect"),
+        ({"recipe": {**RECIPE, "quantization": {"method": "qat"}}}, "quantization needs the calibration of a run"),
+        ({"recipe": {**RECIPE, "quantization": BY_ENTRY}}, "quantization needs the calibration of a run"),
         ({"recipe": "no_such"}, "no_such"),
         ({"backwards": 2}, "backward pass 2 before the optimizer step, but micro_batches=1"),
         ({"steps": 3}, "finish\\(\\) after 3 optimizer steps, but the last decision falls after 4"),

@@ -32,7 +32,7 @@ from dist_compress.fingerprint import weights_fingerprint
 from dist_compress.method import Context, Listener, Method, Tensors
 from dist_compress.projection import Function
 from dist_compress.quantization import checks, cpu, fuse, preparing
-from dist_compress.quantization.agreement import Agreement, answer, folded_difference
+from dist_compress.quantization.agreement import UNCOMPARED, Agreement, answer, folded_difference
 from dist_compress.quantization.config_list import build as build_quantizer
 from dist_compress.quantization.config_list import fake_quantize_class, resolve, spec_of
 from dist_compress.quantization.deploy import install, name_of, round_biases
@@ -284,10 +284,10 @@ class Quantizer(Method):
         return follow({path: self._all()[path] for path in self.members}, self.members, tensors)
 
     @torch.no_grad()
-    def reattach(self) -> None:
+    def reattach(self) -> list[str]:
         self._install()
         if not self.begun:
-            return
+            return []
         projection, weights = self.context.projection, self.parameters.values()
         for path in self.members.keys() & self.parameters.keys():
             self.parameters[path].refit(self._folded(path), self.members[path])
@@ -304,6 +304,7 @@ class Quantizer(Method):
         projection.restore()
         projection.project()
         comm.check_equal("quantization scales", self.fingerprint(), self.step)
+        return [] if self.difference is not None else [UNCOMPARED]
 
     def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         assert self.context.example is not None

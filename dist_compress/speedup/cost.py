@@ -17,12 +17,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from dist_compress.tracing.untouched import plain_attention
+
 
 def macs(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> int:
     """Multiply-accumulates of one forward pass in evaluation mode; of one sample if the batch is 1. Local."""
     counter = FlopCounterMode(display=False)
     # The fused kernels of attention are opaque to the counter.
-    with _evaluating(model), _fused_transformer_off(), sdpa_kernel(SDPBackend.MATH), counter:
+    with _evaluating(model), plain_attention(), sdpa_kernel(SDPBackend.MATH), counter:
         model(*args, **(kwargs or {}))
     return counter.get_total_flops() // 2
 
@@ -35,7 +37,7 @@ def layer_costs(
     `channels` are its output channels or features. MACs are of this one call, as in `macs`. Local.
     """
     counter = FlopCounterMode(display=False)
-    with _evaluating(model), _fused_transformer_off(), sdpa_kernel(SDPBackend.MATH), counter:
+    with _evaluating(model), plain_attention(), sdpa_kernel(SDPBackend.MATH), counter:
         model(*args, **(kwargs or {}))
     flops = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     costs = {}
@@ -151,13 +153,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training.items():
             module.training = flag
-
-
-@contextmanager
-def _fused_transformer_off() -> Iterator[None]:
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -26,17 +26,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
     training = [module for module in modules if module.training]
     attributes = [vars(module).copy() for module in modules]
     buffers = [(buffer, buffer.detach().clone()) for buffer in buffers_of(named).values()]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     devices = {p.device.index for p in parameters_of(named).values() if p.device.type == "cuda"}
     try:
         for module in training:  # not model.eval(), which exported modules refuse
             module.training = False
-        torch.backends.mha.set_fastpath_enabled(False)
         rng = torch.random.fork_rng(devices=[d for d in devices if d is not None])
-        with rng, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _eager(modules):
+        with rng, torch.no_grad(), plain_attention(), sdpa_kernel(SDPBackend.MATH), _eager(modules):
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
         with torch.no_grad():
             for buffer, saved in buffers:
                 buffer.copy_(saved)
@@ -47,6 +44,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
             module.training = True
         for module, saved in zip(modules, attributes, strict=True):
             _restore_tensors(vars(module), saved)
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """nn.MultiheadAttention and the layers around it by their own operators, not by one fused kernel."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _restore_tensors(current: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dist_compress import compose
+
 ROOT = Path(__file__).parents[2]
 
 FAKE_PYTHON = """#!/usr/bin/env bash
@@ -62,6 +64,18 @@ def test_a_changed_pyproject_and_another_extra_are_installed(project):
     (project / "pyproject.toml").write_text("two")
     assert any("pip install" in call for call in launch(project, "run"))
     assert any(call.endswith(f"{project}[models]") for call in launch(project, "run", "model=timm"))
+
+
+RECIPES = sorted(path.stem for path in (ROOT / "conf/recipe").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_a_recipe_needs_is_installed(project, recipe):
+    config = compose.compose(compose.parse([f"+recipe={recipe}", "run_dir=unused"]))
+    wanted = {"models": config.model.source in ("hf", "timm"), "onnx": "onnx" in config.export}
+    needed = [extra for extra, asked in wanted.items() if asked]
+    pip = next(call for call in launch(project, "run", f"+recipe={recipe}") if "pip install" in call)
+    assert pip.endswith(f"{project}[{','.join(needed)}]" if needed else f"{project}")
 
 
 def test_ranks_are_the_visible_gpus_or_what_is_asked_for(project):

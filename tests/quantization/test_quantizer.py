@@ -142,3 +142,25 @@ def test_autocast_keeps_its_dtype():
     calibrated(model, method="qat")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model.eval()(EXAMPLE).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_are_those_of_the_float_net(frozen):
+    """Weights of 16 bits, so that rounding is seen by nobody; norms that are folded live or have fixed statistics."""
+    model, plain = net(), net()
+    entry = {"op_types": ["Conv2d", "Linear"], "target_names": ["weight"], "quant_dtype": "int16"}
+    quantizer = calibrated(model, method="qat", config_list=[entry])
+    quantizer.freeze = 0 if frozen else 100
+    quantizer.context.projection.project()
+    x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    for each in (model.train(), plain.train()):
+        for norm in (each.bn1, each.bn2):
+            norm.momentum = 0.0
+            if each is plain:
+                norm.training = not frozen
+        each(x).square().sum().backward()
+    quantizer.before_step(0)
+    for name, parameter in plain.named_parameters():
+        if frozen or name != "conv2.bias":  # a norm with the statistics of the batch takes it away
+            wanted = parameter.grad
+            torch.testing.assert_close(model.get_parameter(name).grad, wanted, rtol=0, atol=1e-3 * wanted.abs().max())

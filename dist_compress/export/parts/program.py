@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from dist_compress.errors import UserError
 from dist_compress.export.parts.call import moved, named
+from dist_compress.tracing.untouched import plain_attention
 
 
 def program(model: nn.Module, example: Any, key: str) -> ExportedProgram:
@@ -29,7 +30,7 @@ def program(model: nn.Module, example: Any, key: str) -> ExportedProgram:
     model.register_forward_hook(lambda module, args, output: named(output))
     shapes = tree_map(_free, dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments))
     try:
-        with quiet(), _plain_attention(), torch.no_grad():
+        with quiet(), plain_attention(), torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # of torch's, of many kinds
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -44,17 +45,6 @@ def _free(leaf: Any) -> Any:
         return None
     rest = range(1, leaf.dim() if not leaf.is_floating_point() else 1)
     return {0: Dim.DYNAMIC, **{dim: Dim.AUTO for dim in rest}}
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """nn.MultiheadAttention by its own operators, none of which is fused into one that formats do not know."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager
