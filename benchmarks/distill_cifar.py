@@ -1,6 +1,7 @@
 """Half of the MACs of resnet20 cut on CIFAR-10, with and without a teacher, for the same epochs, over seeds.
 
     python benchmarks/distill_cifar.py IMAGES RESNET20.safetensors RESNET56.safetensors [--epochs 1] [--seeds 3]
+        [--lr 0.05] [--teacher-lr 0.01]
 
 IMAGES/{train,test}/<class>/*.png; weights of the option-A CIFAR nets. Both runs of a seed are `+recipe=cifar_prune`,
 one with `distillation=logits`, whose teacher is resnet56. Softened logits have larger gradients than labels that a
@@ -35,9 +36,11 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {error:.2f}"
 
 
-def main(images: str, student: str, teacher: str, epochs: int, seeds: int) -> None:
+def main(
+    images: str, student: str, teacher: str, epochs: int, seeds: int, lr: float, teacher_lr: float
+) -> None:  # fmt: skip
     given = [f"data.root={images}", f"model.weights={student}", f"train.epochs={epochs}"]
-    labels, learn = ["optim.lr=0.05"], ["optim.lr=0.01", "distillation=logits"]
+    labels, learn = [f"optim.lr={lr}"], [f"optim.lr={teacher_lr}", "distillation=logits"]
     learn.append(f"distillation.teacher.model.weights={teacher}")
     print("| seed | without, % | with the teacher, % | MACs left |\n|---|---|---|---|", flush=True)
     alone, taught = [], []
@@ -57,4 +60,6 @@ if __name__ == "__main__":
         parser.add_argument(name)
     for name, value in (("epochs", 1), ("seeds", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    for name, rate in (("lr", 0.05), ("teacher-lr", 0.01)):
+        parser.add_argument(f"--{name}", type=float, default=rate)
     main(**vars(parser.parse_args()))
