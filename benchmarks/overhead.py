@@ -79,7 +79,7 @@ class Run:
                 },
             }
         )  # fmt: skip
-        self.backend = backends.load("ddp")(config)
+        self.backend = backends.build(config)[1]
         self.projection = Projection(self.model)
         [self.pruner] = pruning.build(config)
         assert isinstance(self.pruner, Pruner)

@@ -13,7 +13,8 @@ import hashlib
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import zip_longest
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ calls: Counter[str] = Counter()  # collectives by name, for tests that count the
 _store: dist.Store | None = None
 _objects: dist.ProcessGroup | None = None  # gloo group for objects and for waiting; None: the default group
 _patient: dist.ProcessGroup | None = None  # gloo group in which the others wait for work of rank 0 alone
+_alone = False  # this rank acts as if there were no others
 _PATIENCE = timedelta(days=2)  # a rank that dies is noticed at once all the same: its connections close
 _device = torch.device("cpu")
 
@@ -99,7 +101,20 @@ def shutdown(wait: bool = True) -> None:
 
 
 def is_initialized() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized() and not _alone
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, rank 0 is the only rank: every function acts on what it holds. The others wait meanwhile, in `on_rank0`.
+    Rank 0 only."""
+    global _alone
+    assert rank() == 0, "only rank 0 may act alone"
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def rank() -> int:
@@ -276,9 +291,7 @@ def refuse_unequal(what: str, values: Sequence[int | str], step: int) -> None:
         for r, v in enumerate(values):
             held.setdefault(v, []).append(r)
         said = "; ".join(f"{v!r} on rank {', '.join(map(str, ranks))}" for v, ranks in held.items())
-        raise RuntimeError(
-            f"The ranks disagree on {what} at step {step}: {said}. They no longer train one model."
-        )
+        raise RuntimeError(f"The ranks disagree on {what} at step {step}: {said}. They no longer train one model.")
 
 
 def check_order(what: str, names: Sequence[str]) -> None:

@@ -50,7 +50,7 @@ class TrainConfig:
     global_batch_size: int = 64
     micro_batch_size: int = 32
     eval_batch_size: int | None = None  # None: micro_batch_size
-    exact: bool = False  # equal bits at any number of ranks
+    exact: bool | None = False  # equal bits at any number of ranks; null: where the backend can
     precision: str = "fp32"  # fp32 | bf16 (autocast)
     clip_norm: float | None = None
     sync_batchnorm: bool = False
@@ -75,8 +75,11 @@ class OptimConfig:
 
 @dataclass
 class BackendConfig:
-    name: str = "ddp"
+    """Further keys are the backend's own: the `Options` of its file."""
+
+    name: str = "ddp"  # a file of backends: ddp | fsdp
     timeout_s: float = 600.0
+    options: dict[str, Any] = field(default_factory=dict)  # filled from the further keys
 
 
 @dataclass
@@ -284,6 +287,7 @@ def load(composed: DictConfig | Mapping[str, Any]) -> Config:
             inner = inner.get(name) if isinstance(inner, dict) else None
         if isinstance(inner, dict):
             _gather_target(inner, section, cls)
+    _gather_options(values)
     config = merge(Config, values, "")
     _check_ranges(config)
     return config
@@ -344,6 +348,14 @@ def _gather_target(values: dict[str, Any], section: str, cls: type) -> None:
         raise UserError(f"{section}.target and {section}._target_ are both set. Keep one of them.")
     known = get_type_hints(cls)
     values["target"] = {name: values.pop(name) for name in list(values) if name not in known}
+
+
+def _gather_options(values: dict[str, Any]) -> None:
+    """Move what the schema of a backend lacks into its `options`, in place."""
+    backend = values.get("backend")
+    if isinstance(backend, dict):
+        own = {name: backend.pop(name) for name in list(backend) if name not in get_type_hints(BackendConfig)}
+        backend["options"] = {**(backend.get("options") or {}), **own}
 
 
 def _select(config: Any, key: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -12,13 +13,13 @@ from dist_compress.hashing import mix, splitmix64
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def tensor_fingerprints(model: nn.Module) -> dict[str, str]:
-    """16 hex digits for each parameter and buffer: the sum of hash(position, bits) modulo 2^64. Local.
+def tensor_fingerprints(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """16 hex digits for each tensor: the sum of hash(position, bits) modulo 2^64. Local.
 
     Equal for tensors that are equal bit for bit, whatever their memory format or device.
     """
     marks = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         raw = tensor.detach().contiguous().flatten()
         words = raw.view(_WORDS[raw.element_size()] if raw.dtype != torch.bool else torch.uint8).to(torch.int64)
         total = splitmix64(mix(torch.arange(len(words), device=words.device), words)).sum()  # wraps around, as it must
@@ -28,8 +29,13 @@ def tensor_fingerprints(model: nn.Module) -> dict[str, str]:
 
 def weights_fingerprint(model: nn.Module) -> str:
     """16 hex digits over the names and bits of all parameters and buffers, in any order. Local."""
-    marks = sorted(tensor_fingerprints(model).items())
-    return hashlib.sha256("\n".join(f"{name} {mark}" for name, mark in marks).encode()).hexdigest()[:16]
+    return fingerprint_of(tensor_fingerprints(model.state_dict()))
+
+
+def fingerprint_of(marks: Mapping[str, str]) -> str:
+    """16 hex digits over the names and fingerprints of tensors, in any order. Local."""
+    said = "\n".join(f"{name} {mark}" for name, mark in sorted(marks.items()))
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def _hex(value: int) -> str:

@@ -38,12 +38,12 @@ class Layout:
 
     def local(self, name: str) -> torch.Tensor:
         """What this rank holds, live: writing to it changes the parameter. May be empty."""
-        return _local(self.model.get_parameter(name).detach())
+        return local_part(self.model.get_parameter(name).detach())
 
     def grad(self, name: str) -> torch.Tensor | None:
         """The reduced gradient of what this rank holds, live."""
         grad = self.model.get_parameter(name).grad
-        return None if grad is None else _local(grad.detach())
+        return None if grad is None else local_part(grad.detach())
 
     def runs(self, name: str, rank: int) -> Sequence[Run]:
         """What rank `rank` holds; the same answer on every rank."""
@@ -51,6 +51,25 @@ class Layout:
         if isinstance(parameter, DTensor):
             return box_runs(parameter.shape, _box(name, parameter, rank))
         return [(0, parameter.numel())]
+
+    def wrapped(self, name: str, local: torch.Tensor) -> torch.Tensor:
+        """A tensor that lies as the parameter does, as optimizers and checkpoints take it: of a DTensor, a DTensor."""
+        parameter = self.model.get_parameter(name)
+        if not isinstance(parameter, DTensor):
+            return local
+        return DTensor.from_local(
+            local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+        )
+
+    def unwrapped(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The inverse of `wrapped`."""
+        return local_part(tensor)
+
+    def blank(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Of the kind that `wrapped` returns, to be read into."""
+        if isinstance(self.model.get_parameter(name), DTensor):
+            return self.wrapped(name, torch.empty_like(self.local(name), dtype=dtype))
+        return torch.empty(self.shape(name), dtype=dtype)
 
     def is_whole(self, name: str) -> bool:
         """Every rank holds all of it; the same on every rank."""
@@ -79,7 +98,8 @@ def cut(full: torch.Tensor, start: int, end: int) -> torch.Tensor:
     return full[row : -(-end // width)].reshape(-1)[start - row * width : end - row * width]
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, which may be a DTensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

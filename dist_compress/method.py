@@ -129,6 +129,10 @@ class Method:
         Collective."""
         return []
 
+    def conclude(self) -> None:
+        """No optimizer step follows, and a sharded model is about to be brought whole to rank 0: leave in the latents
+        what there is of the method in parts only. Local."""
+
     def finish(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Training is over: leave in the model what is delivered, and return what the report and the summary tell of
         it. `args`, `kwargs`: a call on samples held out. Collective. Raises RuntimeError."""

@@ -27,6 +27,7 @@ from dist_compress import comm, compose, cost_file, distillation, pruning, quant
 from dist_compress.config import Config, load
 from dist_compress.errors import UserError
 from dist_compress.method import Context, Method
+from dist_compress.moments import State, state_by_name, transformed
 from dist_compress.own_folder import OwnFolder
 from dist_compress.projection import Projection
 from dist_compress.speedup import Plan, apply, apply_to_state
@@ -174,7 +175,7 @@ class Attached:
         if self.folder:
             self.folder.compressed(self.methods, self._metrics(), self.step_count)
         names: dict[torch.Tensor, str] = {p: name for name, p in self.model.named_parameters()}
-        state = optim.state_by_name(self.optimizer, names)
+        state = state_by_name(self.optimizer, names)
         for method in reversed(self.methods):
             method.detach()
         self.projection.finish()
@@ -198,7 +199,7 @@ class Attached:
             )
         for method in self.methods:
             method.reattach()
-        self._rebind(names, optim.transformed(state, lambda moments: self._follow(plan, moments)))
+        self._rebind(names, transformed(state, lambda moments: self._follow(plan, moments)))
         self.projection.project()
         after = sum(p.numel() for p in self.model.parameters())
         self.finished, shipped = True, plan and plan.without(added)
@@ -317,7 +318,7 @@ class Attached:
             tensors = method.follow(tensors)
         return tensors
 
-    def _rebind(self, names: Mapping[torch.Tensor, str], state: optim.State) -> None:
+    def _rebind(self, names: Mapping[torch.Tensor, str], state: State) -> None:
         """The model's parameters are others now than those of `names`: the optimizer goes on with them and `state`."""
         new = dict(self.model.named_parameters())
         for group in self.optimizer.param_groups:

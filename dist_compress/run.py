@@ -17,21 +17,23 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
-from torch.utils._pytree import tree_map
 
 from dist_compress import backends, comm, cost_file, distillation, export, models, pruning, quantization, speedup
-from dist_compress.config import Config, ModelConfig, to_yaml
+from dist_compress.answers import answers, difference, probes
+from dist_compress.building import Builder
+from dist_compress.config import Config, to_yaml
 from dist_compress.duration import duration
 from dist_compress.errors import UserError
-from dist_compress.fingerprint import tensor_fingerprints, weights_fingerprint
+from dist_compress.fingerprint import fingerprint_of, tensor_fingerprints
+from dist_compress.layout import Layout
 from dist_compress.method import Context, Method
 from dist_compress.outcome import Outcome
+from dist_compress.parts import Parts, gather_to_rank0
 from dist_compress.projection import Projection
 from dist_compress.reporting.reporter import Reporter
-from dist_compress.speedup import Plan, apply, apply_to_state, verify
-from dist_compress.speedup.cost import resize_batch
-from dist_compress.speedup.masking import duplicate
+from dist_compress.slices import slice_masks
+from dist_compress.speedup import Plan, apply, apply_to_state
+from dist_compress.speedup.masking import on_meta
 from dist_compress.target import Coupling
 from dist_compress.training import checkpoint, data, determinism, task
 from dist_compress.training.batchnorm import use_sync_batchnorm
@@ -70,12 +72,15 @@ class Job:
         self.config, self.run_dir = config, Path(config.run_dir)
         for name in config.export:
             export.find(name)
+        config, self.backend = backends.build(config)
+        self.config = config
         comm.on_rank0(lambda: _refuse_other_results(self.run_dir, config))
         determinism.set_up(config.train)  # before the first kernel runs: cuBLAS asks once
         self.augmentation, views = distillation.stored_views(config) or (config.seed, None)
         self.data = data.build(config.data, self.augmentation, views)
         self.task = task.build(config.task)
-        self.model = self.dense_model()
+        self.builder = Builder(config, self.data)
+        self.model = self.builder.student()
         if config.model.weights is not None:
             models.load_weights(self.model, config.model.weights)
         check_vocabulary(self.model, config.model, self.data.train, "model")
@@ -84,7 +89,7 @@ class Job:
         self.example = self.data.example(2)
         self.length = run_length(config, self.data.train.num_samples)
         self.projection = Projection(self.model)
-        distiller = distillation.build(config, self.data.train, self.teacher_model)
+        distiller = distillation.build(config, self.data.train, self.builder.teacher)
         self.methods = [*pruning.build(config), *distiller, *quantization.build(config)]
         self.plan: Plan | None = None  # as others apply it
         self.coupling = Coupling()
@@ -99,14 +104,14 @@ class Job:
             self.detach()
             plan = comm.on_rank0(lambda: Plan.load(self.run_dir / SHRUNK_BY)) if config.speedup.enabled else None
             self.cut(plan)
-            for method in self.methods:
-                method.reattach()
         self.reporter = Reporter(config, self.run_dir, self.length.total_steps, resumed=newest is not None)
         self.outcome.coupled(self.coupling, self.model)
         self.trainer = Trainer(
-            config, self.model, self.data, self.task, self.methods,
-            backends.load(config.backend.name)(config), self.projection, self.reporter,
-        )  # fmt: skip
+            config, self.model, self.data, self.task, self.methods, self.backend, self.projection, self.reporter
+        )
+        if phase == SMALL:
+            for method in self.methods:
+                method.reattach()
         if newest is not None:
             self.trainer.resume(newest)
             self.trainer.phase = phase
@@ -115,40 +120,6 @@ class Job:
         for line in [] if newest else [line for method in self.methods for line in method.notes()]:
             self.reporter.event(line, 0)
         comm.on_rank0(lambda: (self.run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8"))
-
-    def dense_model(self) -> nn.Module:
-        """The model as configured, the same on every rank; the data may say how many classes it needs. Local."""
-        return self.placed(self.built(self.config.model))
-
-    def built(self, wanted: ModelConfig) -> nn.Module:
-        """With the classes and the vocabulary of the data. Local."""
-        return models.build(wanted, self.data.num_classes, self.config.seed, self.data.vocab_size)
-
-    def teacher_model(self) -> nn.Module:
-        """The network that a student learns from, with its weights, the same on every rank. Local."""
-        wanted = self.config.distillation.teacher.model
-        if self.config.distillation.teacher.mode == "self":
-            return self.dense_model()  # the weights come when it starts to teach
-        if wanted.weights is None and wanted.target is None and not models.has_weights(wanted):
-            raise UserError(
-                "distillation.teacher.model.weights is not set: a teacher with random weights teaches noise. Give a "
-                "file of weights, such as model.safetensors of another run."
-            )
-        try:
-            model = self.built(wanted)
-        except UserError as error:
-            raise UserError(f"distillation.teacher: {error}") from None
-        if wanted.weights is not None:
-            models.load_weights(model, wanted.weights, "distillation.teacher.model.weights")
-        check_vocabulary(model, wanted, self.data.train, "distillation.teacher.model")
-        return self.placed(model)
-
-    def placed(self, model: nn.Module) -> nn.Module:
-        """On this rank's device, in the memory format of the run. Local."""
-        model = model.to(comm.device())
-        if self.config.train.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return model
 
     def attach(self) -> None:
         """Trace the model on rank 0, hand the coupled units to every rank, attach the methods."""
@@ -191,7 +162,9 @@ class Job:
     def cut(self, plan: Plan | None) -> None:
         """Slice the zeros away by `plan`, and all that the methods hold; what is left of the zeros stays."""
         if plan is not None:
-            self.placed(apply(self.model, plan))
+            apply(self.model, plan)
+            if not any(p.is_meta for p in self.model.parameters()):
+                self.builder.placed(self.model)
             self.plan = plan.without(self.added)
         for method in self.methods:
             method.rebase(lambda tensors: apply_to_state(plan, tensors) if plan else tensors)
@@ -206,17 +179,28 @@ class Job:
     def evaluate(self) -> dict[str, float]:
         """Metrics of the model as it is now, logged under the step boundary it stands at.
 
-        Every rank holds the same weights here: a replica that drifted would be measured, and later delivered, on
-        some ranks only. Raises RuntimeError naming the first tensor that differs.
+        Every rank holds the same replicas here: one that drifted would be measured, and later delivered, on some ranks
+        only. Raises RuntimeError naming the first tensor that differs.
         """
         self.projection.project()
-        _check_replicas(self.model, self.trainer.step)
+        self._check_replicas()
         metrics = self.trainer.evaluate()
         series = {f"eval/{name}": value for name, value in metrics.items()}
         for method in self.methods:
             series.update(method.metrics())
         self.reporter.log(self.trainer.step, series)
         return metrics
+
+    def _check_replicas(self) -> None:
+        """Of all that every rank holds whole: the model, or the buffers of a sharded one."""
+        own = self.model.named_buffers() if self.backend.sharded else self.model.state_dict().items()
+        marks = tensor_fingerprints(dict(own))
+        try:
+            comm.check_equal("fingerprint of the weights", fingerprint_of(marks), self.trainer.step)
+        except RuntimeError:
+            for name, mark in marks.items():
+                comm.check_equal(f"fingerprint of {name}", mark, self.trainer.step)
+            raise
 
     def train(self) -> None:
         """All steps of the run, and what falls between them."""
@@ -277,62 +261,83 @@ class Job:
 
     def shrink(self) -> None:
         """No decision follows: make the zeros disappear, here and in the optimizer's state. Rank 0 plans, every rank
-        slices its own copy; masked and shrunk must agree on inputs nobody has seen."""
+        slices what it holds; masked and shrunk must agree on inputs nobody has seen."""
         self.trainer.settle()
         self.outcome.compressed(self.methods, self.evaluate())
         self.reporter.event(self.outcome.line("masked"), self.trainer.step)
         self.detach()
-        plan, masked = None, duplicate(self.model)
-        if self.config.speedup.enabled:
-            round_to, settings = self.config.speedup.round_to, self.settings()
-            plan = comm.on_rank0(lambda: speedup.plan(masked, *self.example, round_to=round_to, **settings))
-            comm.check_equal("fingerprint of the plan", plan.fingerprint(), self.trainer.step)
+        masked = self.answers()
+        zeros = self.zeros() if self.backend.sharded and self.config.speedup.enabled else None
+        weights = self.trainer.release()
+        plan = self.planned(zeros) if self.config.speedup.enabled else None
         self.cut(plan)
+        self.trainer.rebuild(lambda moments: self.follow(plan, moments), self.source(plan, weights))
         if plan is not None and (shipped := self.plan) is not None:
             self.verify(masked, shipped)
             comm.on_rank0(lambda: (shipped.save(self.run_dir), plan.save(self.run_dir / SHRUNK_BY)))
         for line in [line for method in self.methods for line in method.reattach()]:
             self.reporter.event(line, self.trainer.step)
-        self.trainer.rebuild(lambda moments: self.follow(plan, moments))
         if plan is not None:
             self.outcome.became("shrunk", self.evaluate())
             self.reporter.event(self.outcome.line("shrunk"), self.trainer.step)
         self.trainer.phase = SMALL
         self.trainer.save()
 
-    def verify(self, masked: nn.Module, shipped: Plan) -> None:
-        """Raise RuntimeError on every rank unless the small model computes what `masked` does."""
-        difference = comm.on_rank0(lambda: self.difference(masked))
-        self.outcome.verified(difference, shipped)
+    def answers(self) -> list[Any]:
+        """Of the model as it is now, on held-out samples and on noise."""
+        try:
+            return answers(self.model, probes(self.data.example, self.config.seed))
+        finally:
+            self.backend.rest()
+
+    def zeros(self) -> dict[str, torch.Tensor]:
+        """Slices of sharded parameters that are all zeros."""
+        return slice_masks(self.backend.layout, [name for name, _ in self.model.named_parameters()])
+
+    def planned(self, zeros: dict[str, torch.Tensor] | None) -> Plan:
+        """The plan of rank 0, on every rank. `zeros`: where the model is on the meta device."""
+
+        def plan() -> Plan:
+            model = self.model if zeros is None else on_meta(self.model)
+            settings = {"round_to": self.config.speedup.round_to, "masks": zeros, **self.settings()}
+            return speedup.plan(model, *self.example, **settings)
+
+        found = comm.on_rank0(plan)
+        comm.check_equal("fingerprint of the plan", found.fingerprint(), self.trainer.step)
+        return found
+
+    def source(self, plan: Plan | None, weights: Parts) -> Callable[[str], torch.Tensor] | None:
+        """Where the weights of a sharded model come from when it is wrapped again: one after the other, whole and
+        sliced."""
+        if not self.backend.sharded:
+            return None
+        new = plan.bias if plan else {}
+        return lambda name: new[name] if name in new else self.follow(plan, {name: weights.whole(name)})[name]
+
+    def verify(self, masked: list[Any], shipped: Plan) -> None:
+        """Raise RuntimeError on every rank unless the small model answers as the masked one did."""
+        shrunk = self.answers()
+        found = comm.on_rank0(lambda: difference(masked, shrunk))
+        self.outcome.verified(found, shipped)
         changed = self.config.speedup.norm == "plain"  # asked for: norms over fewer numbers are another function
-        if not changed and not difference <= self.config.speedup.tolerance:
+        if not changed and not found <= self.config.speedup.tolerance:
             raise RuntimeError(
-                f"masked and shrunk model differ by {difference:.3g} (relative), more than speedup.tolerance="
+                f"masked and shrunk model differ by {found:.3g} (relative), more than speedup.tolerance="
                 f"{self.config.speedup.tolerance:g}: nothing is exported. Raise speedup.tolerance only if you can "
                 "explain that; started again, the run goes on from its last checkpoint."
             )
-
-    def difference(self, masked: nn.Module) -> float:
-        """max|shrunk - masked| / max|masked| on noise and on held-out samples, at two batch sizes. Rank 0 only."""
-        worst = 0.0
-        generator = torch.Generator().manual_seed(self.config.seed)
-        for size in (2, 5):
-            real = self.data.example(size)
-            for inputs in (real, _noise_like(resize_batch(real, size), generator)):
-                worst = max(worst, verify(_outputs(masked, inputs), _outputs(self.model, inputs)))
-        return worst
 
     def deliver(self) -> None:
         """Evaluate, export, check what was exported, write the summary and the report."""
         self.trainer.settle()
         if self.length.total_steps and not checkpoint.has(self.run_dir, self.trainer.step):
             self.trainer.save()  # so that whatever stops the delivery, training is done
-        self.projection.project()
-        for method in self.methods:
-            self.outcome.finished(method.finish(*self.data.example(CHECKED)))
-        self.outcome.after(self.model, self.evaluate())
-        self.projection.finish()
-        stored = distillation.write_store(self.config, self.model, self.data.train, self.augmentation)
+        if self.backend.sharded:
+            metrics = self.evaluate()
+            self.collect()
+            stored = comm.on_rank0(lambda: self.finish_alone(metrics))
+        else:
+            stored = self.finish()
         for name, number in stored.items():
             self.reporter.event(f"{name} {number:,}", self.trainer.step)
 
@@ -342,20 +347,35 @@ class Job:
                 format.export(self.run_dir, self.model, self.plan, self.config, self.example)
                 held_out = self.data.example(getattr(format, "NUM_CHECKED", 2))
                 self.outcome.exported(name, format.check(self.run_dir, self.model, held_out))
-            self.outcome.latencies(self.dense_model(), self.model)
+            self.outcome.latencies(self.builder.student(), self.model)
             self.reporter.summary(self.outcome.finish(stored), self.outcome.shown())
 
         comm.on_rank0(ship)
         self.reporter.close()
 
+    def finish(self, metrics: dict[str, float] | None = None) -> dict[str, float]:
+        """Training is over: leave in the model what is delivered. `metrics`: of the model, if known already. Returns
+        what there is to say of a teacher store."""
+        self.projection.project()
+        for method in self.methods:
+            self.outcome.finished(method.finish(*self.data.example(CHECKED)))
+        self.outcome.after(self.model, self.evaluate() if metrics is None else metrics)
+        self.projection.finish()
+        return distillation.write_store(self.config, self.model, self.data.train, self.augmentation)
 
-def _check_replicas(model: nn.Module, step: int) -> None:
-    try:
-        comm.check_equal("fingerprint of the weights", weights_fingerprint(model), step)
-    except RuntimeError:
-        for name, mark in tensor_fingerprints(model).items():
-            comm.check_equal(f"fingerprint of {name}", mark, step)
-        raise
+    def finish_alone(self, metrics: dict[str, float]) -> dict[str, float]:
+        """`finish` on rank 0, which holds the whole model. Rank 0 only."""
+        with comm.alone():
+            return self.finish(metrics)
+
+    def collect(self) -> None:
+        """Bring a sharded model whole to rank 0; on the others its parameters are on the meta device."""
+        self.projection.restore()
+        for method in self.methods:
+            method.conclude()
+        weights = self.trainer.release()
+        gather_to_rank0(self.model, weights)
+        self.projection.layout = Layout(self.model)
 
 
 def _refuse_other_results(run_dir: Path, config: Config) -> None:
@@ -363,24 +383,3 @@ def _refuse_other_results(run_dir: Path, config: Config) -> None:
     told = run_dir / "config.yaml"
     if (run_dir / "summary.json").is_file() and told.is_file():
         checkpoint.check_config(run_dir, yaml.safe_load(told.read_text(encoding="utf-8")), config)
-
-
-def _outputs(model: nn.Module, inputs: Any) -> Any:
-    training = model.training
-    args, kwargs = inputs
-    try:
-        with torch.no_grad():
-            return model.eval()(*args, **kwargs)
-    finally:
-        model.train(training)
-
-
-def _noise_like(inputs: Any, generator: torch.Generator) -> Any:
-    """Normal noise for every floating point tensor of a nest; everything else as it is."""
-
-    def noise(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
-            return leaf
-        return torch.randn(leaf.shape, generator=generator).to(leaf)
-
-    return tree_map(noise, inputs)

@@ -118,9 +118,7 @@ class RankPool:
         while len(self.workers) < n:
             rank = len(self.workers)
             ours, theirs = self.context.Pipe()
-            process = self.context.Process(
-                target=_serve, args=(rank, theirs, self._stacks(rank)), daemon=True
-            )
+            process = self.context.Process(target=_serve, args=(rank, theirs, self._stacks(rank)), daemon=True)
             process.start()
             theirs.close()
             self.workers.append((process, ours))
@@ -149,9 +147,7 @@ class RankPool:
             self.close()
             stories = [f"rank {rank} of {n}: {text}" for rank, text in failures.items()]
             if not failures:
-                stories = [
-                    f"rank {r} of {n} hung: {Path(self._stacks(r)).read_text()}" for r in pipes.values()
-                ]
+                stories = [f"rank {r} of {n} hung: {Path(self._stacks(r)).read_text()}" for r in pipes.values()]
             raise RankError("\n".join(stories))
         return [results[rank] for rank in range(n)]
 

@@ -48,7 +48,7 @@ REFUSED = {
     "ratio": (["pruning.sparse_ratio=1.5"], "pruning.sparse_ratio=1.5: must be at least 0 and below 1."),
     "int": (["train.max_steps=many"], "train.max_steps='many': expected int or null, got str."),
     "fraction": (["train.max_steps=1.5"], "train.max_steps=1.5: expected int or null, got float."),
-    "bool": (["train.exact=1"], "train.exact=1: expected bool, got int."),
+    "bool": (["train.exact=1"], "train.exact=1: expected bool or null, got int."),
     "bool as number": (["optim.lr=true"], "optim.lr=True: expected float, got bool."),
     "null": (["optim.lr=null"], "optim.lr=None: expected float"),
     "in a list": (["data.mean=[a]"], "data.mean[0]='a': expected float, got str."),

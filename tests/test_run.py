@@ -154,14 +154,14 @@ def test_what_is_kept_is_told_once(ranks: Any, tmp_path: Path, one_rank: dict[st
 def with_settings(run_dir: str) -> tuple[dict[str, Any], dict[str, Any], str]:
     from dist_compress import run
 
-    difference = run.Job.difference
-    run.Job.difference = lambda self, masked: 0.5  # reported, and no reason to stop: norm=plain asks for it
+    difference = run.difference
+    run.difference = lambda masked, shrunk: 0.5  # reported, and no reason to stop: norm=plain asks for it
     try:
         own = ["train.max_steps=10", "pruning.schedule.end=6steps", "pruning.sparse_ratio=0.3"]
         own += ["speedup.norm=plain", "speedup.round_to=4", "speedup.barrier=[layer1]", "speedup.keep=['layer3.0.*']"]
         summary = whole_run(run_dir, *own)
     finally:
-        run.Job.difference = difference
+        run.difference = difference
     page = (Path(run_dir) / "report.html").read_text()
     return summary, json.loads((Path(run_dir) / "plan.json").read_text())["kept"], page
 
@@ -204,9 +204,9 @@ def trained_on(run_dir: str, control: str) -> float:
         own = job(str(folder), f"speedup.enabled={shrink}")
         rebuild = own.trainer.rebuild
         if control == "moments dropped" and shrink == "true":
-            own.trainer.rebuild = lambda transform, rebuild=rebuild: rebuild(lambda moments: {})
+            own.trainer.rebuild = lambda transform, source, rebuild=rebuild: rebuild(lambda moments: {})
         if control == "moments not sliced" and shrink == "true":
-            own.trainer.rebuild = lambda transform, rebuild=rebuild: rebuild(lambda moments: moments)
+            own.trainer.rebuild = lambda transform, source, rebuild=rebuild: rebuild(lambda moments: moments)
         own.train()
         own.reporter.close(finished=False)
         models.append({n: p.detach() for n, p in own.model.named_parameters()})

@@ -219,7 +219,7 @@ def _blocked(units: Coupling) -> list[tuple[str, int]]:
 
 
 def _without_module(reason: str) -> str:
-    """"mm in layers.0.mlp keeps it" without the place, so that layers add up."""
+    """ "mm in layers.0.mlp keeps it" without the place, so that layers add up."""
     return re.sub(r" in (the model itself|\S+) ", " ", reason, count=1)
 
 

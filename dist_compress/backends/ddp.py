@@ -12,24 +12,29 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_compress import comm
-from dist_compress.backends.backend import Backend
+from dist_compress.backends.backend import Backend, Source
+from dist_compress.layout import Layout
+
+
+@dataclass
+class Options:
+    """None."""
 
 
 class Ddp(Backend):
-    def wrap(self, model: nn.Module) -> nn.Module:
-        self.model = model
+    def wrap(self, model: nn.Module, source: Source | None = None) -> nn.Module:
+        self.model, self.layout = model, Layout(model)
         self.ddp: DistributedDataParallel | None = None
         self.total: comm.OrderedSum | None = None
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        with torch.no_grad():
-            for tensor in [*model.parameters(), *model.buffers()]:
-                comm.broadcast(tensor)
+        spread(model)
         if self.exact or not comm.is_initialized():
             return model
         warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")  # there are none: fine
@@ -64,8 +69,18 @@ class Ddp(Backend):
             parameter.grad = grad.view_as(parameter).to(parameter.dtype) if count else None
         self.total = None
 
+    def release(self) -> None:
+        self.ddp = None
+
     @staticmethod
     def _take_grad(parameter: nn.Parameter) -> torch.Tensor:
         """The flat float32 gradient of this micro-batch, zeros where it did not reach the parameter."""
         grad, parameter.grad = parameter.grad, None
         return torch.zeros_like(parameter).flatten().float() if grad is None else grad.flatten().float()
+
+
+@torch.no_grad()
+def spread(model: nn.Module) -> None:
+    """Give every rank rank 0's parameters and buffers. Collective."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        comm.broadcast(tensor)

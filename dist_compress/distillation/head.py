@@ -78,9 +78,7 @@ def label_loss(
 
 class _Labels(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Any, weight: Any, bias: Any, labels: Any, valid: Any, size: int, wanted: bool
-    ) -> Any:
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, labels: Any, valid: Any, size: int, wanted: bool) -> Any:
         head = Head(weight, bias)
         sums = torch.zeros(2, dtype=_sum_dtype(hidden), device=hidden.device)
         grad_hidden, grad_weight, grad_bias = _no_gradients(hidden, weight, bias) if wanted else (None,) * 3

@@ -118,17 +118,13 @@ def _hf_config(config: ModelConfig, transformers: ModuleType, num_classes: int, 
         arguments = {**_hf_settings(config, num_classes), "local_files_only": True, **config.kwargs}
         return _hf_call(config, lambda: transformers.AutoConfig.from_pretrained(folder, **arguments))
     if folder.is_absolute() or config.name.startswith("."):
-        raise UserError(
-            f"model.name={config.name!r}: no such folder. Give a folder with config.json, or a model_type."
-        )
+        raise UserError(f"model.name={config.name!r}: no such folder. Give a folder with config.json, or a model_type.")
     _check_name(config, list(transformers.CONFIG_MAPPING.keys()))
     default = transformers.AutoConfig.for_model(config.name)
     unknown = [key for key in config.kwargs if not hasattr(default, key)]
     if unknown:  # a configuration of transformers takes any key in silence
         known = sorted(default.to_dict())
-        raise UserError(
-            f"model.kwargs: {config.name!r} has no {', '.join(unknown)}. It has: {', '.join(known)}."
-        )
+        raise UserError(f"model.kwargs: {config.name!r} has no {', '.join(unknown)}. It has: {', '.join(known)}.")
     sizes = _hf_settings(config, num_classes)
     if vocab_size is not None and hasattr(default, "vocab_size"):
         sizes["vocab_size"] = vocab_size
@@ -226,8 +222,7 @@ def _import_extra(config: ModelConfig, name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"model.source={config.source!r} needs {name}, which is not installed: "
-            "pip install 'dist_compress[models]'."
+            f"model.source={config.source!r} needs {name}, which is not installed: pip install 'dist_compress[models]'."
         ) from error
 
 
@@ -248,6 +243,5 @@ def _hf_call(config: ModelConfig, factory: Callable[[], Any]) -> Any:
     except (TypeError, ValueError, OSError, KeyError) as error:
         message = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"model.name={config.name!r}: no {config.head.replace('_', ' ')} model of Hugging Face's: "
-            f"{message[0]}"
+            f"model.name={config.name!r}: no {config.head.replace('_', ' ')} model of Hugging Face's: {message[0]}"
         ) from error

@@ -29,13 +29,13 @@ from dist_compress.pruning.config_list import resolve
 from dist_compress.pruning.distribution import distribute
 from dist_compress.pruning.elements import GRAD, Elements
 from dist_compress.pruning.evidence import Evidence, local_view, view
+from dist_compress.pruning.frozen import Frozen
 from dist_compress.pruning.listener import Listener
 from dist_compress.pruning.running import Running
 from dist_compress.pruning.schedule import decisions, due
 from dist_compress.pruning.scorers import scorers_of
 from dist_compress.pruning.search import Search
 from dist_compress.pruning.seen import Seen
-from dist_compress.pruning.setting import AT_MOST
 from dist_compress.pruning.solving import solve
 from dist_compress.pruning.unit_decision import UnitDecision
 from dist_compress.pruning.unit_listeners import unit_listeners
@@ -62,7 +62,7 @@ class Pruner(Method):
         self.config = config.pruning
         self.history: list[tuple[int, float, str]] = []  # (optimizer steps taken, sparse ratio so far, fingerprint)
         self.seen = Seen()
-        self.frozen: Masks | None = None  # the masks of a model that was shrunk since
+        self.frozen: Frozen | None = None  # the masks of a model that was shrunk since
 
     def attach(self, context: Context) -> None:
         """Collect targets and check that they can be met. The same on every rank, checked. Collective. UserError."""
@@ -236,7 +236,7 @@ class Pruner(Method):
     def _masks(self) -> tuple[Masks, Masks]:
         """Those of parameters and those of activations."""
         if self.frozen is not None:
-            return self.frozen, self.activations.on()
+            return self.frozen.masks, self.activations.on()
         masks = self._target_masks() | self.activations.masks(self.sets, self.removed)
         align(self.tensors, self.settings, masks)
         activations = {name: masks.pop(name) for name in self.activations.targets if name in masks}
@@ -281,25 +281,31 @@ class Pruner(Method):
     def detach(self) -> None:
         """Zero the masked weights for good, in the latent too; leave projection and hooks. No decision
         follows."""
-        projection = self.context.projection
-        masks = self.masks()
-        with torch.no_grad():
-            for name, mask in masks.items():
-                projection.latent(name).masked_fill_(~mask, 0)
-                masking.take_off(projection, name)
-        self.frozen = {name: mask.expand(projection.layout.local(name).shape) for name, mask in masks.items()}
+        self.frozen = Frozen(self.context.projection.layout, self.masks())
+        self.conclude()
         for listener in self.listeners.values():
             listener.close()
 
+    def conclude(self) -> None:
+        projection = self.context.projection
+        for name, mask in self._masks()[0].items():
+            with torch.no_grad():
+                projection.latent(name).masked_fill_(~mask, 0)
+            masking.take_off(projection, name)
+
     def rebase(self, transform: Callable[[Masks], Masks]) -> None:
-        """What stayed in the shrunk model masked (single weights, units that could not be removed) stays
-        masked from here on. Between `detach` and the next step. Collective."""
         assert self.frozen is not None, "detach before a shrink"
-        sliced = transform({name: mask.contiguous() for name, mask in self.frozen.items()})
-        layout = self.context.projection.layout  # what the shrink folded into a masked bias is no zero any more
-        self.frozen = {name: mask | (layout.local(name) != 0) for name, mask in sliced.items()}
-        self.frozen |= self.activations.settle(layout, self.frozen)
+        self.frozen.rebase(transform)
+
+    def reattach(self) -> list[str]:
+        """What stayed in the shrunk model masked (single weights, units that could not be removed) stays masked from
+        here on. Collective; of a sharded model masks are brought together and sliced one after the other."""
+        assert self.frozen is not None, "detach before a shrink"
+        layout = self.context.projection.layout
+        self.frozen.settle(layout)
+        self.frozen.masks |= self.activations.settle(layout, self.frozen.masks)
         self._put_on(self.history[-1][0] if self.history else 0)
+        return []
 
     def sparse_ratio(self) -> float:
         """Units and single weights removed, as a fraction of all that are free to go."""
@@ -321,24 +327,15 @@ class Pruner(Method):
         return {"pruning/sparse_ratio": ratio, "fingerprint/masks": float(int(mark, 16) % 2**52)}
 
     def results(self) -> dict[str, Any]:
-        """`fingerprint/masks`; `decisions` [{step, ratio, fingerprint}]; `groups` [{name, asked, given,
-        reason}] in the currency of each group; `limits` [{unit, asked, before, predicted, binding}], what
-        `pruning.at_most` asks of the whole model; `targets`, `kept_channels` and `scores`, which the report shows;
-        `asked_but_kept` [{name, asked, given, reason}], targets left whole; `overrides`, a line for each value of the
-        config list that a later one took the place of."""
-        layout = self.context.projection.layout
-        units = (self.settings, self.sets, self.removed)
+        """`fingerprint/masks`; `decisions` [{step, ratio, fingerprint}]; `search`; `scores`, which the report shows;
+        and `results.rows`."""
+        layout, units = self.context.projection.layout, (self.settings, self.sets, self.removed)
         return {
+            **results.rows(*units, self.kept, self.budgets, self.elements, layout),
             "fingerprint/masks": self.history[-1][2] if self.history else "",
             "decisions": [{"step": t, "ratio": ratio, "fingerprint": mark} for t, ratio, mark in self.history],
-            "groups": results.groups(self.sets, self.removed, self.budgets, self.elements),
-            "limits": results.limits(self.removed, self.budgets.get(AT_MOST)),
-            "overrides": overrides(self.settings),
             "search": self.search.results(self.sets, self.removed),
-            "targets": results.targets(*units, self.kept, self.elements, layout),
-            "kept_channels": results.kept_channels(*units, layout),
             "scores": self.seen.rows,
-            "asked_but_kept": results.asked_but_kept(self.kept, self.settings, self.sets, self.removed),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -346,7 +343,7 @@ class Pruner(Method):
         shrink."""
         told = {"history": json.dumps(self.history), "scores": self.seen.state()}
         if self.frozen is not None:
-            masks = masking.gathered(self.context.projection.layout, self.frozen)
+            masks = masking.gathered(self.context.projection.layout, self.frozen.masks)
             return {"masks": masks, "activations": self.activations.on(), **told}
         none = torch.zeros(0, dtype=torch.bool)
         self._placed()  # a checkpoint is written in training
@@ -366,7 +363,7 @@ class Pruner(Method):
         if "masks" in state:
             assert self.frozen is not None, "a shrunk state goes to a pruner that was rebased"
             layout, device = self.context.projection.layout, next(self.context.model.parameters()).device
-            self.frozen = {name: layout.part(name, mask.to(device)) for name, mask in state["masks"].items()}
+            self.frozen.masks = {n: layout.part(n, mask.to(device)) for n, mask in state["masks"].items()}
             self.activations.put_on({name: mask.to(device) for name, mask in state["activations"].items()})
             self._put_on(self.history[-1][0])
             return

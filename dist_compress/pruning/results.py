@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dist_compress.blocks import channel_dim
+from dist_compress.config_list import overrides
 from dist_compress.layout import Layout
 from dist_compress.pruning.budget import Budget
 from dist_compress.pruning.elements import Elements
@@ -17,6 +18,25 @@ from dist_compress.pruning.sparsity import share
 from dist_compress.pruning.units import Kept, UnitSet
 
 Row = dict[str, Any]
+
+
+def rows(
+    settings: Sequence[Setting], sets: Sequence[UnitSet], removed: Sequence[torch.Tensor], kept: Sequence[Kept],
+    budgets: Mapping[str, Budget], elements: Elements, layout: Layout,
+) -> dict[str, list[Any]]:  # fmt: skip
+    """`groups` [{name, asked, given, reason}] in the currency of each group; `limits` [{unit, asked, before, predicted,
+    binding}], what `pruning.at_most` asks of the whole model; `targets` and `kept_channels`, which the report shows;
+    `asked_but_kept` [{name, asked, given, reason}], targets left whole; `overrides`, a line for each value of the
+    config list that a later one took the place of."""
+    units = (settings, sets, removed)
+    return {
+        "groups": groups(sets, removed, budgets, elements),
+        "limits": limits(removed, budgets.get(AT_MOST)),
+        "overrides": overrides(list(settings)),
+        "targets": targets(*units, kept, elements, layout),
+        "kept_channels": kept_channels(*units, layout),
+        "asked_but_kept": asked_but_kept(kept, settings, sets, removed),
+    }
 
 
 def groups(

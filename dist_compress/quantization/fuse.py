@@ -177,9 +177,7 @@ def gradient(quantizer: FakeQuantize, fold: Fold | None, masked: torch.Tensor, g
     """That of the masked weight, of the gradient of what `compressing` made of it: Q(v) / f of v = w * f."""
     if fold is None:
         return quantizer.weight_gradient(masked, grad)
-    return fold.into(
-        quantizer.weight_gradient(fold.into(masked, fold.used), fold.out_of(grad, fold.used)), fold.used
-    )
+    return fold.into(quantizer.weight_gradient(fold.into(masked, fold.used), fold.out_of(grad, fold.used)), fold.used)
 
 
 @torch.no_grad()

@@ -279,13 +279,15 @@ class Quantizer(Method):
         self.marks.take_off()
         shapes = {path: model.get_parameter(path).shape for path in self.parameters}
         self.members |= resize(self.parameters, {path: owner(path) for path in shapes}, shapes, transform)
+        for quantizer in self._all().values():
+            quantizer.enabled = False  # until `reattach`
+        self._install()  # what is learned has to be in the model when it is wrapped again
 
     def follow(self, tensors: Tensors) -> Tensors:
         return follow({path: self._all()[path] for path in self.members}, self.members, tensors)
 
     @torch.no_grad()
     def reattach(self) -> list[str]:
-        self._install()
         if not self.begun:
             return []
         projection, weights = self.context.projection, self.parameters.values()

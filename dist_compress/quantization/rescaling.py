@@ -143,9 +143,7 @@ class Rescaling(Heard):
                 self._apply(view.fold, scale)
             self._check(before, self._outputs())
 
-    def _scales(
-        self, view: View, statistics: dict[str, torch.Tensor], failures: list[str]
-    ) -> torch.Tensor | None:
+    def _scales(self, view: View, statistics: dict[str, torch.Tensor], failures: list[str]) -> torch.Tensor | None:
         """1 for channels that no reader has. Local."""
         for target in view.targets:
             target.statistic = statistics[self.source[target.layer.name]]

@@ -101,6 +101,16 @@ def tensors_of(model: nn.Module) -> dict[int, torch.Tensor]:
     return {id(t): t for t in (*model.parameters(), *model.buffers(), *plain)}
 
 
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy without values: all its tensors are on the meta device. Local."""
+    return copied(model, {key: _meta_twin(tensor) for key, tensor in tensors_of(model).items()})
+
+
+def _meta_twin(tensor: torch.Tensor) -> torch.Tensor:
+    twin = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(twin, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+
+
 def duplicate(model: nn.Module) -> nn.Module:
     """A deep copy that shares nothing. Local. Computed tensors in modules, which deepcopy refuses, become values."""
     return copy.deepcopy(model, {**_scripted(model), **_computed(model)})

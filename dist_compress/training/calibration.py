@@ -23,11 +23,15 @@ def calibrate(trainer: Trainer, listener: Listener, num_steps: int) -> None:
     model.eval()
     listener.calibrating = True
     for step in range(num_steps):
-        for micro in range(comm.rank(), trainer.length.num_micro, comm.world_size()):
-            batch = split.batch(stream.micro(step, micro)[0], None)
+        num_micro, ranks = trainer.length.num_micro, comm.world_size()
+        for micro in range(comm.rank(), -(-num_micro // ranks) * ranks, ranks):
+            live = micro < num_micro
+            batch = split.batch(stream.micro(step, micro if live else 0)[0], None)
             with autocast(trainer.config.train.precision):
-                call(model, batch["inputs"])
-            listener.count_pass()
+                call(model, batch["inputs"])  # by every rank: of a sharded model it is collective
+            if live:
+                listener.count_pass()
         listener.end_step()
+    trainer.backend.rest()
     listener.calibrating = False
     model.train(was_training)

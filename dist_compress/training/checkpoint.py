@@ -16,14 +16,13 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
@@ -34,10 +33,11 @@ from dist_compress.config import Config
 from dist_compress.errors import UserError
 from dist_compress.training import metadata
 
+Blank = Callable[[str, torch.Size, torch.dtype], torch.Tensor]
 _TENSOR = "__tensor__"
 _FREE = tuple(  # what may differ on resuming
     "run_dir data.root data.in_memory data.num_workers train.eval_batch_size "
-    "train.log_every_steps backend.timeout_s speedup.tolerance checkpoint export logger launch".split()
+    "train.log_every_steps train.exact backend speedup.tolerance checkpoint export logger launch".split()
 )
 
 
@@ -110,16 +110,18 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return comm.on_rank0(read)
 
 
-def load(folder: Path) -> dict[str, Any]:
-    """The state given to `save`, its tensors on the CPU, on every rank. Collective; see `read_meta` for the
-    check."""
+def load(folder: Path, blank: Blank = lambda path, size, dtype: torch.empty(size, dtype=dtype)) -> dict[str, Any]:
+    """The state given to `save`, on every rank. Collective; see `read_meta` for the check.
+
+    `blank(path, size, dtype)`: what the tensor under that path is read into, whole and on the CPU unless said
+    otherwise; of a DTensor each rank reads its part, however it was written."""
     reader = FileSystemReader(folder)
     try:
         tree = json.loads((folder / "state.json").read_text())
         metadata.check(folder)
         entries = reader.read_metadata().state_dict_metadata
         tensors = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
+            name: blank(name, entry.size, entry.properties.dtype)  # type: ignore[union-attr]
             for name, entry in entries.items()
         }
         with warnings.catch_warnings():
@@ -145,10 +147,10 @@ def check_config(folder: Path, saved: dict[str, Any], config: Config) -> None:
         )
 
 
-def check_model(folder: Path, saved: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Raise UserError unless the saved weights have the names, the order and the shapes of `model`. Local."""
+def check_model(folder: Path, saved: dict[str, torch.Tensor], here: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    """Raise UserError unless the saved weights have the names, the order and the shapes of `here`, the model. Local."""
     there = [(name, tuple(t.shape)) for name, t in saved.items()]
-    here = [(name, tuple(t.shape)) for name, t in model.state_dict().items()]
+    here = list(here)
     if there != here:
         first = next((pair for pair in zip(there, here, strict=False) if pair[0] != pair[1]), (there[-1], here[-1]))
         raise UserError(

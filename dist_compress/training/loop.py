@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,14 @@ from torch import nn
 
 from dist_compress import comm
 from dist_compress.backends import Backend
+from dist_compress.backends.backend import Source
 from dist_compress.config import Config
 from dist_compress.method import Method
+from dist_compress.moments import Transform, transformed
+from dist_compress.parts import Parts
 from dist_compress.projection import Projection
-from dist_compress.training import checkpoint, determinism, optim
+from dist_compress.training import determinism, optim
+from dist_compress.training import state as saving
 from dist_compress.training.batchnorm import BatchNormTracker
 from dist_compress.training.data import Data, Split
 from dist_compress.training.data.stream import Feed, Stream
@@ -54,20 +57,34 @@ class Trainer:
         self.stop = StopRequest()
         self._build()
 
-    def _build(self) -> None:
+    def _build(self, source: Source | None = None) -> None:
+        self.module = self.backend.wrap(self.model, source)
+        self.projection.layout = self.backend.layout
         self.names = optim.trained(self.model)
-        self.module = self.backend.wrap(self.model)
         self.optimizer = optim.build(self.config.optim, self.names, [n for m in self.methods for n in m.undecayed()])
         self.norms = BatchNormTracker(self.model)
 
-    def rebuild(self, transform: optim.Transform) -> None:
-        """Go on after `model` was shrunk in place: new wrapping, and a new optimizer whose state is what
-        `transform({parameter name: tensor})` makes of each kind of moment."""
-        state = optim.transformed(optim.state_by_name(self.optimizer, self.names), transform)
+    def release(self) -> Parts:
+        """Take `model` out of its wrapping, to be shrunk in place; `rebuild` has to follow. Returns what this rank
+        holds of the parameters, which are meta tensors in the model from here on if they are sharded."""
+        layout, names = self.backend.layout, [name for name, _ in self.model.named_parameters()]
+        weights = Parts.of(layout, {name: layout.local(name) for name in names})
+        self._before, self._moments = weights, self.backend.moments(self.optimizer, self.names)
         self.norms.remove()
-        self._build()
+        self.backend.release()
+        return weights
+
+    def rebuild(self, transform: Transform, source: Source | None = None) -> None:
+        """Go on after `model` was shrunk in place: new wrapping, and a new optimizer whose state is what
+        `transform({parameter name: tensor})` makes of each kind of moment. `source`: as in `Backend.wrap`."""
+        self._build(source)
         left = set(self.names.values())
-        optim.load_by_name(self.optimizer, self.names, {n: s for n, s in state.items() if n in left})
+        if self.backend.sharded:
+            state = saving.resharded(self._moments, self._before, transform, self.backend.layout)
+        else:
+            state = transformed(self._moments, transform)
+        self.backend.load_moments(self.optimizer, self.names, {n: s for n, s in state.items() if n in left})
+        del self._moments, self._before
 
     def train(self, until: int) -> None:
         """Optimizer steps up to step `until` (exclusive), with decisions, checkpoints and logs on the way.
@@ -113,7 +130,7 @@ class Trainer:
         self.projection.restore()
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
-        self.optimizer.step()
+        self.backend.step(self.optimizer)
         self.step, self.settled = step + 1, False
         self.stop_agreed = bool(means.pop("stop"))
         return means
@@ -162,38 +179,22 @@ class Trainer:
         """{"loss": .., "accuracy": ..} of the compressed weights, each sample of a split exactly once."""
         self.projection.project()
         size = self.config.train.eval_batch_size or self.config.train.micro_batch_size
-        return evaluate(self.module, split or self.data.eval, self.task, size, self.config.train.precision)
+        try:
+            return evaluate(self.module, split or self.data.eval, self.task, size, self.config.train.precision)
+        finally:
+            self.backend.rest()
 
     def state(self) -> dict[str, Any]:
-        """All that a run resumes from, the same on every rank: the latent weights, moments, methods and the
-        step."""
-        with self.projection.lifted():
-            model = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-        moments = optim.state_by_name(self.optimizer, self.names)
-        methods = [method.state_dict() for method in self.methods]
-        return {"step": self.step, "model": model, "optim": moments, "methods": methods}
+        """All that a run resumes from, as `state.of` has it."""
+        return saving.of(self)
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.projection.restore()
-        self.model.load_state_dict(state["model"])
-        optim.load_by_name(self.optimizer, self.names, state["optim"])
-        for method, saved in zip(self.methods, state["methods"], strict=True):
-            method.load_state_dict(saved)
-        self.step, self.settled = state["step"], True
-        self.projection.project()
+        saving.load(self, state)
 
     def save(self) -> Path | None:
-        """Write a checkpoint of this step boundary into `run_dir`; nothing when the run has no folder."""
-        if self.config.run_dir is None:
-            return None
-        state = self.state()
-        optim.check_weights(state["model"], self.step, self.config.optim)
-        meta = {"phase": self.phase, "config": asdict(self.config), "world_size": comm.world_size()}
-        return checkpoint.save(Path(self.config.run_dir), self.step, state, meta, self.config.checkpoint.keep)
+        """Write a checkpoint of this step boundary into `run_dir`, if any."""
+        return saving.write(self)
 
     def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint, written at any number of ranks, of this model and configuration."""
-        checkpoint.check_config(folder, checkpoint.read_meta(folder)["config"], self.config)
-        state = checkpoint.load(folder)
-        checkpoint.check_model(folder, state["model"], self.model)
-        self.load_state(state)
+        """Go on from a checkpoint of this model and configuration, of any backend and number of ranks."""
+        saving.resume(self, folder)

@@ -1,13 +1,10 @@
-"""Any optimizer of torch.optim by its name, and its state by parameter name.
-
-By name, because after a shrink or at another number of ranks the parameters are other objects.
-"""
+"""Any optimizer of torch.optim by its name."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ from torch import nn
 
 from dist_compress.config import OptimConfig
 from dist_compress.errors import UserError
+from dist_compress.moments import Names
 
 # Weights are masked, sliced and (later) sharded element by element, and the state must follow.
 REFUSED = {
@@ -22,9 +20,6 @@ REFUSED = {
     "Muon": "its update orthogonalises whole matrices",
     "Adafactor": "its second moment is factored over rows and columns",
 }
-Names = Mapping[torch.Tensor, str]  # the trained parameters in the optimizer's order
-State = dict[str, dict[str, Any]]
-Transform = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 def build(config: OptimConfig, names: Names, undecayed: Collection[str] = ()) -> torch.optim.Optimizer:
@@ -68,46 +63,16 @@ def trained(model: nn.Module) -> Names:
     return {p: name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def state_by_name(optimizer: torch.optim.Optimizer, names: Names) -> State:
-    """{parameter name: {key: tensor or plain value}}; the tensors are the live ones. Local."""
-    return {names[p]: dict(state) for p, state in optimizer.state.items()}
-
-
-def transformed(state: State, transform: Transform) -> State:
-    """`state` with `transform({parameter name: tensor})` applied to each kind of moment; scalars stay.
-    Local."""
-    out: State = {name: {k: v for k, v in values.items() if not _is_moment(v)} for name, values in state.items()}
-    for key in dict.fromkeys(k for values in state.values() for k in values):
-        moments = {n: values[key] for n, values in state.items() if _is_moment(values.get(key))}
-        for name, moment in transform(moments).items():
-            out[name][key] = moment
-    return out
-
-
-def _is_moment(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0
-
-
-def load_by_name(optimizer: torch.optim.Optimizer, names: Names, state: State) -> None:
-    """Put a saved (or sliced) state into a new optimizer. Local. Every name and shape must fit."""
-    packed = optimizer.state_dict()
-    order = [p for group in optimizer.param_groups for p in group["params"]]
-    index = {names[p]: i for i, p in enumerate(order)}
-    packed["state"] = {index[name]: values for name, values in state.items()}
-    optimizer.load_state_dict(packed)  # casts to each parameter's device and dtype
-
-
 def check_loss(loss: float, step: int, config: OptimConfig) -> None:
     """Raise UserError unless the loss is finite. Local; the loss is the same on every rank."""
     if not math.isfinite(loss):
         raise _diverged(f"The training loss is {loss}", step, config)
 
 
-def check_weights(weights: Mapping[str, torch.Tensor], step: int, config: OptimConfig) -> None:
-    """Raise UserError unless all weights are finite: a loss may be so when its gradients are not. Local."""
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise _diverged(f"{name} is not finite", step, config)
+def check_weights(name: str, step: int, config: OptimConfig) -> None:
+    """Raise UserError for the weight `name`, if any, that is not finite. Local."""
+    if name:
+        raise _diverged(f"{name} is not finite", step, config)
 
 
 def _diverged(what: str, step: int, config: OptimConfig) -> UserError:

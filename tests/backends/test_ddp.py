@@ -29,7 +29,7 @@ def gradients(exact: bool, max_norm: float | None = None, spoil: bool = False) -
     net = model()
     if spoil and comm.rank() > 0:
         nn.init.zeros_(net[0].weight)  # type: ignore[arg-type]
-    backend = backends.load("ddp")(config)
+    backend = backends.build(config)[1]
     module = backend.wrap(net)
     rounds = -(-NUM_MICRO // comm.world_size())
     for round in range(rounds):
@@ -40,7 +40,7 @@ def gradients(exact: bool, max_norm: float | None = None, spoil: bool = False) -
             backend.backward(loss, round, last)
     backend.finish_gradients()
     norm = None if max_norm is None else float(backend.clip(max_norm))
-    return [backend.grad(name).clone() for name, _ in net.named_parameters()], norm, dict(comm.calls)  # type: ignore
+    return [backend.layout.grad(name).clone() for name, _ in net.named_parameters()], norm, dict(comm.calls)  # type: ignore
 
 
 def whole_batch() -> list[torch.Tensor]:
@@ -86,7 +86,7 @@ def two_steps_of_branches(exact: bool) -> tuple[set[str], dict[str, torch.Tensor
     config.train.global_batch_size, config.train.micro_batch_size = 4 * NUM_MICRO, 4
     torch.manual_seed(0)
     net = Branches()
-    backend = backends.load("ddp")(config)
+    backend = backends.build(config)[1]
     module = backend.wrap(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-5, weight_decay=0.1)
     rounds = -(-NUM_MICRO // comm.world_size())
@@ -123,4 +123,4 @@ def test_clip_returns_the_norm_before_and_scales_to_the_bound(ranks):
 
 def test_an_unknown_backend_lists_the_choices():
     with pytest.raises(UserError, match=r"backend\.name='horovod'.*ddp"):
-        backends.load("horovod")
+        backends.find("horovod")

@@ -45,9 +45,7 @@ def test_the_cifar_nets_are_those_of_the_paper(name, params):
     assert sum(p.numel() for p in model.parameters()) == params
     names = {n.rpartition(".")[0] for n, _ in model.named_parameters()}
     depth = 3 if name == "resnet20" else 9
-    inner = {
-        f"layer{s}.{i}.{m}" for s in (1, 2, 3) for i in range(depth) for m in ("conv1", "bn1", "conv2", "bn2")
-    }
+    inner = {f"layer{s}.{i}.{m}" for s in (1, 2, 3) for i in range(depth) for m in ("conv1", "bn1", "conv2", "bn2")}
     assert names == inner | {"conv1", "bn1", "linear"}
 
 
@@ -74,9 +72,7 @@ def test_a_callable_of_the_users_is_told_num_classes_when_it_asks(monkeypatch):
     monkeypatch.setitem(sys.modules, "their_package", package)
     told = build(ModelConfig(target={"_target_": "their_package.tiny", "width": 3}), num_classes=7, seed=0)
     assert told.weight.shape == (7, 3)
-    own = build(
-        ModelConfig(target={"_target_": "their_package.tiny", "num_classes": 5}), num_classes=7, seed=0
-    )
+    own = build(ModelConfig(target={"_target_": "their_package.tiny", "num_classes": 5}), num_classes=7, seed=0)
     assert own.weight.shape == (5, 4)
     silent = build(ModelConfig(target={"_target_": "their_package.sized"}), num_classes=7, seed=0)
     assert silent.weight.shape == (2, 4)

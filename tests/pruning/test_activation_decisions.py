@@ -147,6 +147,7 @@ def shrunk(*entries, model=None):
     projection.finish()
     apply(model, made)
     pruner.rebase(lambda tensors: apply_to_state(made, tensors))
+    pruner.reattach()
     projection.project()
     return pruner, model.eval(), masked(X), made, made.without(added)
 
@@ -180,10 +181,10 @@ def test_what_stays_masked_is_folded_into_weights(module, site, folded):
     pruner, model, masked, _, _ = shrunk(on(module, site, sparse_ratio=0.5))
     torch.testing.assert_close(model(X), masked, rtol=1e-5, atol=1e-6)
     assert pruner.activations.on() == {}
-    zero = [name for name in folded if not bool(pruner.frozen[name].all())]
+    zero = [name for name in folded if not bool(pruner.frozen.masks[name].all())]
     assert zero == folded
     for name in folded:
-        assert not model.get_parameter(name)[~pruner.frozen[name]].any()
+        assert not model.get_parameter(name)[~pruner.frozen.masks[name]].any()
 
 
 @pytest.mark.parametrize(
@@ -212,4 +213,5 @@ def shrunk_by(plan, entry):
     projection.finish()
     apply(model, plan)
     pruner.rebase(lambda tensors: apply_to_state(plan, tensors))
+    pruner.reattach()
     return pruner, model.eval()

@@ -248,6 +248,7 @@ def test_detach_leaves_zeros_and_rebase_keeps_them_after_a_shrink():
         assert not parameter[~mask].any() and torch.equal(parameter, state[name])
     model.free.weight.data = model.free.weight.data[:7]  # what a shrink does
     pruner.rebase(lambda tensors: {k: v[:7] if k == "free.weight" else v for k, v in tensors.items()})
+    pruner.reattach()
     with torch.no_grad():
         model.free.weight.fill_(1.0)
     projection.project()

@@ -57,7 +57,7 @@ def made(micro: int = 8, **quantization: Any) -> tuple[Trainer, Quantizer]:
     torch.manual_seed(3)
     model = Net()
     trainer = Trainer(
-        cfg, model, data, Classification(), [], backends.load("ddp")(cfg), Projection(model), Silent()
+        cfg, model, data, Classification(), [], backends.build(cfg)[1], Projection(model), Silent()
     )  # fmt: skip
     quantizer = Quantizer(cfg)
     length = trainer.length

@@ -93,7 +93,7 @@ def trainer(cfg: Config, methods: list[Method] | None = None) -> Trainer:
     data = Data(*(p.split(cfg.data, Transform(cfg.data, cfg.seed, comm.device())) for p in load(cfg.data)))
     torch.manual_seed(3)
     model = Net()
-    backend = backends.load("ddp")(cfg)
+    backend = backends.build(cfg)[1]
     projection = Projection(model)
     return Trainer(cfg, model, data, Classification(), methods or [], backend, projection, Reporter())
 
@@ -113,7 +113,7 @@ def train(cfg: Config) -> tuple[dict, dict, list[float]]:
 
 
 def train_without_reduction(cfg: Config) -> dict[str, torch.Tensor]:
-    backend = backends.load("ddp")
+    backend = backends.find("ddp")[0]
     kept = backend.backward, backend.finish_gradients
     backend.backward, backend.finish_gradients = Backend.backward, Backend.finish_gradients  # type: ignore
     try:
@@ -342,6 +342,7 @@ def shrink() -> tuple[bool, dict[str, torch.Tensor], torch.Tensor]:
         return {n: x.index_select(dims[n], keep) if n in dims else x for n, x in tensors.items()}
 
     before = cut({n: s["momentum_buffer"].clone() for n, s in t.state()["optim"].items()})
+    t.release()
     for module, name in ((t.model.conv1, "conv1"), (t.model.bn1, "bn1"), (t.model.conv2, "conv2")):
         for key, value in list(module.named_parameters()):
             sliced = value.detach().index_select(dims[f"{name}.{key}"], keep)

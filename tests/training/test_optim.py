@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dist_compress import moments
 from dist_compress.config import OptimConfig
 from dist_compress.errors import UserError
 from dist_compress.training import optim
@@ -25,11 +26,11 @@ def trained_model(name: str, **kwargs: object) -> tuple[nn.Module, torch.optim.O
 @pytest.mark.parametrize(("name", "kwargs"), [("SGD", {"momentum": 0.9}), ("AdamW", {"betas": [0.8, 0.9]})])
 def test_the_state_comes_back_by_name(name, kwargs):
     model, optimizer = trained_model(name, **kwargs)
-    state = optim.state_by_name(optimizer, optim.trained(model))
+    state = moments.state_by_name(optimizer, optim.trained(model))
     assert list(state) == ["0.weight", "1.weight", "1.bias"]
     other, fresh = trained_model(name, **kwargs)
-    optim.load_by_name(fresh, optim.trained(other), state)
-    again = optim.state_by_name(fresh, optim.trained(other))
+    moments.load_by_name(fresh, optim.trained(other), state)
+    again = moments.state_by_name(fresh, optim.trained(other))
     for parameter, values in state.items():
         for key, value in values.items():
             assert torch.equal(torch.as_tensor(again[parameter][key]), torch.as_tensor(value))
@@ -46,10 +47,10 @@ def test_what_is_not_to_decay_does_not_and_its_state_comes_back_too():
     optimizer.step()
     for p, name in names.items():
         torch.testing.assert_close(p.detach(), before[name] * (1.0 if name == "0.weight" else 0.95))
-    state = optim.state_by_name(optimizer, names)
+    state = moments.state_by_name(optimizer, names)
     fresh = optim.build(config, names, {"0.weight"})  # its groups are in another order than the model
-    optim.load_by_name(fresh, names, state)
-    for name, values in optim.state_by_name(fresh, names).items():
+    moments.load_by_name(fresh, names, state)
+    for name, values in moments.state_by_name(fresh, names).items():
         assert torch.equal(values["momentum_buffer"], state[name]["momentum_buffer"])
     with_all = optim.build(OptimConfig(name="Rprop"), names, {"0.weight"})  # has no weight decay at all
     assert len(with_all.param_groups) == 1
@@ -57,8 +58,8 @@ def test_what_is_not_to_decay_does_not_and_its_state_comes_back_too():
 
 def test_moments_are_transformed_and_counters_are_not():
     model, optimizer = trained_model("AdamW")
-    state = optim.state_by_name(optimizer, optim.trained(model))
-    halves = optim.transformed(state, lambda tensors: {n: t[:1] for n, t in tensors.items()})
+    state = moments.state_by_name(optimizer, optim.trained(model))
+    halves = moments.transformed(state, lambda tensors: {n: t[:1] for n, t in tensors.items()})
     assert halves["0.weight"]["exp_avg"].shape == (1, 3) and halves["1.bias"]["exp_avg_sq"].shape == (1,)
     assert halves["1.bias"]["step"] == 2.0
 

@@ -90,6 +90,7 @@ def test_two_of_four_hold_after_every_step_and_in_what_is_left():
     assert latent.all() and torch.equal(model.a.weight != 0, masks[-1])
     model.a.weight.grad = torch.ones_like(model.a.weight)
     pruner.rebase(lambda tensors: tensors)
+    pruner.reattach()
     projection.edit_gradients()
     assert torch.equal(model.a.weight.grad != 0, masks[-1])  # from here on a mask like any other
 
@@ -163,5 +164,3 @@ def test_a_killed_run_goes_on_with_the_same_masks(ranks):
 def test_refused(keys, said):
     with pytest.raises(UserError, match=said):
         attach(config([{**ENTRY, "op_names": ["a"], **keys}]))
-
-

@@ -1,0 +1,53 @@
+"""The networks of a run: the student, and the teacher that it learns from."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dist_compress import comm, models
+from dist_compress.config import Config, ModelConfig
+from dist_compress.errors import UserError
+from dist_compress.training.data import Data
+from dist_compress.training.data.tokenizer import check_vocabulary
+
+
+class Builder:
+    """Everything is local and the same on every rank. The data may say how many classes a model needs."""
+
+    def __init__(self, config: Config, data: Data) -> None:
+        self.config, self.data = config, data
+
+    def student(self) -> nn.Module:
+        """The model as configured, with the weights that it begins with."""
+        return self.placed(self.built(self.config.model))
+
+    def built(self, wanted: ModelConfig) -> nn.Module:
+        """With the classes and the vocabulary of the data. Local."""
+        return models.build(wanted, self.data.num_classes, self.config.seed, self.data.vocab_size)
+
+    def teacher(self) -> nn.Module:
+        """The network that a student learns from, with its weights, the same on every rank. Local."""
+        wanted = self.config.distillation.teacher.model
+        if self.config.distillation.teacher.mode == "self":
+            return self.student()  # the weights come when it starts to teach
+        if wanted.weights is None and wanted.target is None and not models.has_weights(wanted):
+            raise UserError(
+                "distillation.teacher.model.weights is not set: a teacher with random weights teaches noise. Give a "
+                "file of weights, such as model.safetensors of another run."
+            )
+        try:
+            model = self.built(wanted)
+        except UserError as error:
+            raise UserError(f"distillation.teacher: {error}") from None
+        if wanted.weights is not None:
+            models.load_weights(model, wanted.weights, "distillation.teacher.model.weights")
+        check_vocabulary(model, wanted, self.data.train, "distillation.teacher.model")
+        return self.placed(model)
+
+    def placed(self, model: nn.Module) -> nn.Module:
+        """On this rank's device, in the memory format of the run. Local."""
+        model = model.to(comm.device())
+        if self.config.train.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
