@@ -6,7 +6,8 @@
     begin        everything is quantized from here on
     train        methods that train: each step is observed, and its ranges are those of the next
     detach       the model is float again while its shrink is planned, made and verified
-    rebase       scales, what they follow and what is learned are sliced as the tensors were (shrinking.py)
+    rebase       scales, what they follow and what is learned are sliced as the tensors were (shrinking.py), and hooked
+                 into the model again
     reattach     everything is quantized again, and compared with what it was (agreement.py)
     finish       norms are folded, weights are what integer kernels will hold
 
@@ -30,11 +31,9 @@ from dist_compress.config_list import overrides
 from dist_compress.duration import duration
 from dist_compress.fingerprint import weights_fingerprint
 from dist_compress.method import Context, Listener, Method, Tensors
-from dist_compress.projection import Function
-from dist_compress.quantization import checks, cpu, fuse, preparing
+from dist_compress.quantization import checks, preparing
 from dist_compress.quantization.agreement import UNCOMPARED, Agreement, answer, folded_difference
-from dist_compress.quantization.config_list import build as build_quantizer
-from dist_compress.quantization.config_list import fake_quantize_class, resolve, spec_of
+from dist_compress.quantization.config_list import resolve, spec_of
 from dist_compress.quantization.deploy import install, name_of, round_biases
 from dist_compress.quantization.fake_quant import FakeQuantize, Spec
 from dist_compress.quantization.granularity import mixed
@@ -42,6 +41,8 @@ from dist_compress.quantization.mixed import Mixed
 from dist_compress.quantization.observer import reduce
 from dist_compress.quantization.shrinking import Marks, Transform, follow, resize
 from dist_compress.quantization.table import Row, table
+from dist_compress.quantization.targets import collect
+from dist_compress.quantization.weights import Weights
 from dist_compress.sites import Sites
 
 
@@ -78,29 +79,12 @@ class Quantizer(Method):
         assert context.example is not None
         self.context, model = context, context.model
         args, kwargs = context.example
-        sites = Sites(model, args, kwargs)
-        self.reduced = self.config.reduce_range
-        if self.reduced is None:
-            self.reduced = comm.on_rank0(cpu.needs_reduced_range) and "onnx" in context.config.export
-        self.settings = resolve(self.config, model, sites, self.reduced)
-        checks.one_kind(self.settings)
-        layers = [s.module for s in self.settings if s.target == "weight" and fake_quantize_class(s).folds]
-        wanted = [names for s in self.settings for names in s.fuse_names]
-        fused = comm.on_rank0(lambda: fuse.find(sites, layers, wanted))
-        self.fused = {f.layer: f for f in fused}
-        checks.no_folded_norms(self.settings, fused)
-        self.activations: dict[str, FakeQuantize] = {}
-        self.parameters: dict[str, FakeQuantize] = {}
-        for setting in self.settings:
-            quantizer = build_quantizer(setting, model, sites)
-            where = setting.module
-            if setting.target == "_output_0" and where in self.fused:
-                where = self.fused[where].last  # what the fused kernel puts out
-            quantizer.place = where, setting.target
-            (self.activations if setting.is_activation else self.parameters)[setting.path] = quantizer
-        preparing.check(model, self.parameters)
+        found = collect(self.config, Sites(model, args, kwargs), "onnx" in context.config.export)
+        self.settings, self.reduced, self.fused = found.settings, found.reduced, found.fused
+        self.activations, self.parameters = found.activations, found.parameters
         if context.config.speedup.enabled:
             checks.blocks(self.parameters, context.coupling, context.config.speedup.round_to)
+        self.weights = Weights(context, self.parameters, found.fused)
         self.mixed = Mixed(self.config.mixed, self.settings, self.parameters, context, self.reduced)
         self._install()
         self.freeze = duration(self.config.freeze, "quantization.freeze", context.total_steps, context.steps_per_epoch)
@@ -109,11 +93,7 @@ class Quantizer(Method):
     def _install(self) -> None:
         """Put the quantizers into the model as it is now."""
         model = self.context.model
-        self.folds = {
-            f.layer: fuse.Fold(model.get_submodule(f.layer), model.get_submodule(f.norm))
-            for f in self.fused.values()
-            if f.norm
-        }
+        self.weights.install()
         self.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         handles = [install(model, *quantizer.place, quantizer) for quantizer in self._all().values()]
         self.handles = [handle for handle in handles if handle is not None]
@@ -135,7 +115,7 @@ class Quantizer(Method):
     def rounds(self) -> Iterator[tuple[Listener, int]]:
         """What has to be shown the calibration data before `begin`, one after the other, and how many global batches
         of it. Whatever changes weights has done so before the next is given out. Every step is collective."""
-        for listener in preparing.rounds(self.context, self._all().values(), self.folds, self.said):
+        for listener in preparing.rounds(self.context, self._all().values(), self.weights.folds, self.said):
             yield listener, self.config.calibration_steps
         if any(q.observer is not None for q in self.activations.values()):
             yield self, self.config.calibration_steps
@@ -182,31 +162,17 @@ class Quantizer(Method):
             checks.observed(path, quantizer.observer)
             quantizer.begin()
         with projection.lifted():
-            self.said += self.mixed.choose(self._folded, self._compressing)
-        for path, quantizer in self.parameters.items():
-            quantizer.fit(self._folded(path))
+            self.said += self.mixed.choose(self.weights.folded, self.weights.compressing)
+        self.weights.fit()
         with projection.lifted():
             self._put_on()
         comm.check_equal("quantization scales", self.fingerprint(), self.step)
 
     def _put_on(self) -> None:
-        for quantizer in (*self.activations.values(), *self.parameters.values()):
+        for quantizer in self._all().values():
             quantizer.enabled = True
-        for path in self.parameters:
-            self.context.projection.add(path, "quant", self._compressing(path))
+        self.weights.put_on()
         self.begun = True
-
-    def _compressing(self, path: str) -> Function:
-        return fuse.compressing(self.parameters[path], self._fold_of(path))
-
-    def _fold_of(self, path: str) -> fuse.Fold | None:
-        module, target = self.parameters[path].place
-        return self.folds.get(module) if target == "weight" else None
-
-    def _folded(self, path: str) -> torch.Tensor:
-        """The latent as it is quantized: masked, and folded with the norm that the model has now."""
-        masked, fold = self.context.projection.before(path, "quant"), self._fold_of(path)
-        return masked if fold is None else fold.into(masked)
 
     def after_backward(self, step: int, micro: int) -> None:
         if self.begun:
@@ -214,13 +180,11 @@ class Quantizer(Method):
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
-        for quantizer in self.activations.values() if self.begun else ():
+        if not self.begun:
+            return
+        for quantizer in self.activations.values():
             quantizer.before_step()
-        for path, quantizer in self.parameters.items() if self.begun else ():
-            parameter = self.context.model.get_parameter(path)
-            if parameter.grad is not None:
-                masked = self.context.projection.before(path, "quant")
-                parameter.grad.copy_(fuse.gradient(quantizer, self._fold_of(path), masked, parameter.grad))
+        self.weights.gradients()
 
     def after_step(self, step: int) -> None:
         """Ranges of the step become those of the next. Collective, on the steps that are observed."""
@@ -247,7 +211,7 @@ class Quantizer(Method):
 
     def measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Fill the table of tensors from one call of the model, before `fold`. Local, the same on every rank."""
-        self.rows = table(self.context.model, self.activations, self.parameters, self._folded, args, kwargs)
+        self.rows = table(self.context.model, self.activations, self.parameters, self.weights.folded, args, kwargs)
 
     def detach(self) -> None:
         model, projection = self.context.model, self.context.projection
@@ -256,13 +220,14 @@ class Quantizer(Method):
             projection.project()
             self.agreement = Agreement(model, self._example())
         with projection.lifted():
-            for path in self.parameters:
-                projection.remove(path, "quant")
+            self.weights.take_off()
         projection.project()
         for handle in self.handles:
             handle.remove()
-        for where, target in [quantizer.place for quantizer in self._all().values()]:
+        for quantizer in self._all().values():
+            where, target = quantizer.place
             delattr(model.get_submodule(where), name_of(target))
+            quantizer.enabled = False
         self.marks = Marks(model, self.activations)
         self.calls = call_sites.describe(model)
         call_sites.hide(model, {where for where, _ in self.marks.places.values()})
@@ -279,9 +244,7 @@ class Quantizer(Method):
         self.marks.take_off()
         shapes = {path: model.get_parameter(path).shape for path in self.parameters}
         self.members |= resize(self.parameters, {path: owner(path) for path in shapes}, shapes, transform)
-        for quantizer in self._all().values():
-            quantizer.enabled = False  # until `reattach`
-        self._install()  # what is learned has to be in the model when it is wrapped again
+        self._install()
 
     def follow(self, tensors: Tensors) -> Tensors:
         return follow({path: self._all()[path] for path in self.members}, self.members, tensors)
@@ -291,18 +254,15 @@ class Quantizer(Method):
         if not self.begun:
             return []
         projection, weights = self.context.projection, self.parameters.values()
-        for path in self.members.keys() & self.parameters.keys():
-            self.parameters[path].refit(self._folded(path), self.members[path])
+        self.weights.refit(self.members)
         with projection.lifted():
             self._put_on()
         speedup, anew = self.context.config.speedup, any(bool(mixed(m).any()) for m in self.members.values())
         changed = anew or speedup.norm == "plain" or not all(q.elementwise for q in weights)
-        for quantizer in weights:
-            quantizer.held = True  # the scales of the masked model, sliced: with these both must agree
+        self.weights.hold(True)  # the scales of the masked model, sliced: with these both must agree
         projection.project()
         self.difference = self.agreement.check(None if changed else speedup.tolerance)
-        for quantizer in weights:
-            quantizer.held = False  # from here on ranges are those of the weights that are left
+        self.weights.hold(False)  # from here on ranges are those of the weights that are left
         projection.restore()
         projection.project()
         comm.check_equal("quantization scales", self.fingerprint(), self.step)
@@ -326,21 +286,7 @@ class Quantizer(Method):
     @torch.no_grad()
     def fold(self) -> None:
         """Fold the norms and leave the quantized weights in the model; activations stay quantized."""
-        model, projection = self.context.model, self.context.projection
-        projection.project()
-        held = {path: model.get_parameter(path).detach().clone() for path in self.parameters}
-        for path in self.parameters:
-            projection.remove(path, "quant")
-        for path, quantizer in self.parameters.items():
-            fold, parameter = self._fold_of(path), model.get_parameter(path)
-            if fold is None:
-                parameter.copy_(held[path])
-                continue
-            fused = self.fused[quantizer.place[0]]
-            fuse.fold(model, fused, quantizer.compress(fold.into(held[path])))
-            for other in self.activations.values():
-                if other.place[0] == fused.norm:  # its hook went with the norm
-                    install(model, *other.place, other)
+        self.weights.deliver(self.activations.values())
         for quantizer in self._all().values():
             quantizer.finish()
         self.hook.remove()

@@ -116,12 +116,12 @@ def test_every_kind_of_layer_loses_less_than_by_rounding_to_the_nearest(granular
             lost[method] = {name: float((found[name] - wanted[name]).norm()) for name in found}
             for path in quantizer.parameters:
                 compressed = quantizer.context.model.get_parameter(path)
-                weight = quantizer._fold_of(path).into(compressed) if path == "conv.weight" else compressed
+                weight = quantizer.weights.fold_of(path).into(compressed) if path == "conv.weight" else compressed
                 q = quantizer.parameters[path]
                 torch.testing.assert_close(q.compress(weight), weight, rtol=1e-5, atol=1e-6)
     for name in lost["gptq"]:
         assert lost["gptq"][name] < 0.92 * lost["round_to_nearest"][name], name
-    assert list(quantizer.folds) == ["conv"]
+    assert list(quantizer.weights.folds) == ["conv"]
 
 
 def test_pruned_weights_stay_zero_and_the_others_make_up_for_it():

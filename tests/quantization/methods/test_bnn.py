@@ -115,4 +115,4 @@ def test_what_does_not_fit(config, said):
 
 def test_a_norm_behind_stays():
     model = net()
-    assert not calibrated(model, method="bnn").folds and isinstance(model.bn1, nn.BatchNorm2d)
+    assert not calibrated(model, method="bnn").weights.folds and isinstance(model.bn1, nn.BatchNorm2d)

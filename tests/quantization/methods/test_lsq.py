@@ -72,7 +72,7 @@ def test_scales_of_weights_learn_by_projection_what_autograd_says():
     found = {name: model.get_parameter(name).grad.clone() for name in latents}
     quantizer.before_step(0)
     for name, latent in latents.items():
-        q, fold = quantizer.parameters[name], quantizer._fold_of(name)
+        q, fold = quantizer.parameters[name], quantizer.weights.fold_of(name)
         w, scale = latent.requires_grad_(), q.scale.detach().clone().requires_grad_()
         factor = 1.0 if fold is None else fold.factor()
         compressed = by_autograd(w * factor, scale, -8, 7) / factor
