@@ -58,6 +58,7 @@ class Context:
     evaluate: Callable[[int], dict[str, float]] | None = None
     # Collective: show a listener the model as it is now on so many global batches of training data.
     calibrate: Callable[[Listener, int], None] | None = None
+    rest: Callable[[], None] = lambda: None  # after a call of the model by a method: `Backend.rest`
 
 
 class Listener(Protocol):
@@ -153,6 +154,11 @@ class Method:
 
     def undecayed(self) -> list[str]:
         """Names of the parameters that the method has put into the model and that weight decay would harm. Local."""
+        return []
+
+    def unsharded(self) -> list[str]:
+        """Names of the parameters that the method has put into the model and that every rank holds whole, whatever the
+        backend does with the others. It sums their gradients like those of the others, if they have any. Local."""
         return []
 
     def results(self) -> dict[str, Any]:

@@ -313,6 +313,10 @@ class Quantizer(Method):
         modules = [(path, m) for path, m in self.context.model.named_modules() if id(m) in quantizers]
         return [f"{path}.{name}" for path, m in modules for name in m._parameters]
 
+    def unsharded(self) -> list[str]:
+        """Learned scales: small, and read by every rank."""
+        return self.undecayed()
+
     def results(self) -> dict[str, Any]:
         """`quantization`, `sensitivity`: a row for each target, and each candidate of mixed precision;
         `fingerprint/scales`; `verify/quantized_max_rel_diff` of masked and shrunk model, where they were quantized."""
