@@ -4,11 +4,16 @@ A method is a subclass, alone in a file of `methods/` beside its dataclass `Opti
 called in the data flow. For a weight `compress` is what the projection applies, and the gradient with respect to the
 compressed weight is turned into that of the latent by `weight_gradient`. Scale and zero point are buffers (or, where
 they are learned, a parameter), so they are in every checkpoint of the model.
+
+Of a sharded parameter `compress`, `statistic`, `gradient_sums` and `weight_gradient` see what this rank holds, inside
+of `showing(holding)`; what they ask of whole blocks (`scales_for`, `extent`, `block_sums`) knows of it. Weights.follow
+and Weights.gradients reduce what belongs together between the two steps of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +25,7 @@ from dist_compress.quantization.affine import EPS, fake_quantize, in_range, qpar
 from dist_compress.quantization.apply_method import Own
 from dist_compress.quantization.dtypes import QuantDtype
 from dist_compress.quantization.granularity import Granularity, carried, extent, mixed, rows, spread
+from dist_compress.quantization.holding import Holding
 from dist_compress.quantization.observer import Measured, Observer
 from dist_compress.quantization.search import STEPS
 
@@ -46,6 +52,7 @@ class FakeQuantize(nn.Module):
     folds = True  # the weight is quantized as it is when the norm behind it is folded
     mixes = True  # the dtype of a weight may still change when the calibration is over
     binary = False  # quant_dtype: binary is possible
+    reduced_by = "max"  # `statistic` over the ranks: or "sum"
     # What "default" means: for parameters (the scheme: those of a signed dtype), for activations, for both.
     weight_dtype, weight_scheme, weight_granularity = "int8", "symmetric_restricted", "out_channel"
     activation_dtype = "uint8"
@@ -53,6 +60,7 @@ class FakeQuantize(nn.Module):
 
     scale: torch.Tensor
     zero_point: torch.Tensor
+    holding: Holding | None = None  # what of a parameter its tensors are; None: all of it
 
     def __init__(self, spec: Spec, shape: Sequence[int], options: Any, device: torch.device | str = "cpu") -> None:
         """`shape`: of the parameter, or of the activation on an example."""
@@ -65,7 +73,6 @@ class FakeQuantize(nn.Module):
         observed = spec.is_activation and not spec.granularity.dynamic
         self.observer: Observer | None = self.new_observer(shape, device) if observed else None
         self.enabled = False  # what comes out is quantized
-        self.held = False  # the range of a parameter stays, though the method refits
         self.hearing = False  # what comes in is observed
         self.measured: list[Measured] = []  # by this forward pass, not yet counted
         self.cut_off = 0.0  # the smallest value of the calibration, where it is negative and the method has only others
@@ -91,8 +98,28 @@ class FakeQuantize(nn.Module):
         if self.spec.granularity.dynamic:
             low, high = torch.aminmax(x.detach().float(), dim=-1, keepdim=True)
             return qparams(low, high, self.spec.dtype, self.spec.scheme)
-        spec, shape = self.spec, x.shape
-        return spread(self.scale, shape, spec.granularity), spread(self.zero_point, shape, spec.granularity)
+        return self.spread(self.scale, x.shape), self.spread(self.zero_point, x.shape)
+
+    @contextmanager
+    def showing(self, holding: Holding | None) -> Iterator[None]:
+        """Inside, tensors of a parameter are what this rank holds of it."""
+        self.holding = holding
+        try:
+            yield
+        finally:
+            self.holding = None
+
+    def spread(self, values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Of a tensor in the shape of the scale what broadcasts to a tensor of `shape`."""
+        return self.holding.spread(values) if self.holding else spread(values, shape, self.spec.granularity)
+
+    def extent(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest and largest value of each block, [blocks], of what of a parameter is at hand."""
+        return self.holding.extent(x) if self.holding else extent(x, self.spec.granularity)
+
+    def block_sums(self, x: torch.Tensor) -> torch.Tensor:
+        """float64 [blocks], of what of a parameter is at hand."""
+        return self.holding.sums(x) if self.holding else rows(x.double(), self.spec.granularity).sum(1)
 
     def quantized(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
         """Fake-quantized, with the gradient of the method."""
@@ -158,9 +185,19 @@ class FakeQuantize(nn.Module):
         self.zero_point.copy_(torch.where(several, self.zero_point, zero_point))
 
     def fit(self, weight: torch.Tensor) -> None:
-        """Take the range of a parameter from it, before it is compressed. Masked weights are zeros: they must not
-        count. Local."""
-        self.set_range(*extent(weight.detach().float(), self.spec.granularity))
+        """Take the range of a parameter, all of it, from it, before it is compressed. Masked weights are zeros: they
+        must not count. Local."""
+        self.take(self.statistic(weight))
+
+    def statistic(self, weight: torch.Tensor) -> torch.Tensor:
+        """What the range of a parameter is taken from where it `refits`: [k, blocks], of what of it is at hand, to be
+        reduced over the ranks by `reduced_by`. Local."""
+        low, high = self.extent(weight.detach().float())
+        return torch.stack([-low, high])
+
+    def take(self, statistic: torch.Tensor) -> None:
+        """Take the range from `statistic`, reduced. Local, the same on every rank."""
+        self.set_range(-statistic[0], statistic[1])
 
     @torch.no_grad()
     def compress(self, weight: torch.Tensor) -> torch.Tensor:
@@ -168,10 +205,15 @@ class FakeQuantize(nn.Module):
         apply = self.spec.own or fake_quantize
         return apply(weight, *self.scales_for(weight), self.spec.dtype)
 
+    def gradient_sums(self, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | None:
+        """What `weight_gradient` has to know of whole blocks: float64 [k, blocks], to be summed over the ranks. None of
+        any: nothing. Local."""
+        return None
+
     @torch.no_grad()
-    def weight_gradient(self, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """From the reduced gradient with respect to what `compress(weight)` gave, that with respect to `weight`; the
-        same on every rank. Learned scales get theirs here."""
+    def weight_gradient(self, weight: torch.Tensor, grad: torch.Tensor, sums: torch.Tensor | None) -> torch.Tensor:
+        """From the reduced gradient with respect to what `compress(weight)` gave, that with respect to `weight`.
+        `sums`: `gradient_sums`, reduced; of these learned scales get theirs, the same on every rank."""
         if self.spec.own is not None:
             return self.spec.own.gradient(weight, *self.scales_for(weight), self.spec.dtype, grad)
         if not self.spec.masked or self.refits:  # a range that is the weight's own clips nothing

@@ -9,7 +9,7 @@ evaluation is exactly the folded layer. At the end the norm is folded for good a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_compress.errors import UserError
-from dist_compress.quantization.fake_quant import FakeQuantize
+from dist_compress.quantization.holding import Holding
 from dist_compress.sites import Sites
 from dist_compress.tracing.recorder import concrete_trace
 
@@ -124,21 +124,27 @@ def _check_wanted(
 
 
 class Fold:
-    """The arithmetic of one layer and its norm, live: gamma and sigma are what they are when asked."""
+    """The arithmetic of one layer and its norm."""
 
     def __init__(self, layer: nn.Module, norm: nn.Module) -> None:
         self.layer, self.norm = layer, norm
-        self.dim = 1 if isinstance(layer, _TRANSPOSED) else 0
-        self.used: torch.Tensor | None = None  # the factor in the weights that are projected; the statistics go on
+        dim = 1 if isinstance(layer, _TRANSPOSED) else 0
+        self.shape = [-1 if d == dim else 1 for d in range(layer.weight.dim())]  # type: ignore[operator, union-attr]
+        self.affine = norm.weight is not None
+        self.used: torch.Tensor | None = None  # the factor that the weights are quantized with; the norm goes on
 
-    def factor(self) -> torch.Tensor:
-        """gamma / sigma, float32, in a shape that broadcasts to the weight."""
+    def factor(self, gamma: torch.Tensor | None = None) -> torch.Tensor:
+        """gamma / sigma as they are now, float32, in a shape that broadcasts to the weight. `gamma`: None where the
+        module has all of it."""
         norm: Any = self.norm
         inverse = torch.rsqrt(norm.running_var.float() + norm.eps)
-        factor = inverse if norm.weight is None else norm.weight.detach().float() * inverse
-        shape = [1] * self.layer.weight.dim()  # type: ignore[operator, union-attr]
-        shape[self.dim] = -1
-        return factor.view(shape)
+        gamma = norm.weight if gamma is None else gamma
+        return (inverse if gamma is None else gamma.detach().float() * inverse).view(self.shape)
+
+    def used_in(self, holding: Holding | None) -> torch.Tensor:
+        """The factor that is used, in a shape that broadcasts to what is held of the weight."""
+        assert self.used is not None, "nobody has looked at the norm"
+        return self.used if holding is None else holding.cut(self.used)
 
     def into(self, weight: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
         """The weight of the folded layer."""
@@ -156,28 +162,6 @@ class Fold:
         own = norm.running_mean.new_zeros(()) if layer.bias is None else layer.bias.detach()
         bias = (own - norm.running_mean).float() * self.factor().flatten()
         return bias if norm.bias is None else bias + norm.bias.detach()
-
-
-def compressing(quantizer: FakeQuantize, fold: Fold | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What the projection makes of a masked weight."""
-
-    def compress(masked: torch.Tensor) -> torch.Tensor:
-        if fold is not None:
-            fold.used = fold.factor()
-        weight = masked if fold is None else fold.into(masked, fold.used)
-        if quantizer.refits and not quantizer.held:
-            quantizer.fit(weight)
-        compressed = quantizer.compress(weight)
-        return compressed if fold is None else fold.out_of(compressed, fold.used)
-
-    return compress
-
-
-def gradient(quantizer: FakeQuantize, fold: Fold | None, masked: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """That of the masked weight, of the gradient of what `compressing` made of it: Q(v) / f of v = w * f."""
-    if fold is None:
-        return quantizer.weight_gradient(masked, grad)
-    return fold.into(quantizer.weight_gradient(fold.into(masked, fold.used), fold.out_of(grad, fold.used)), fold.used)
 
 
 @torch.no_grad()

@@ -10,19 +10,17 @@ on every rank and at any number of ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from dist_compress.errors import UserError
 from dist_compress.method import Context
-from dist_compress.projection import Function
 from dist_compress.quantization import dtypes
 from dist_compress.quantization.dtypes import QuantDtype
 from dist_compress.quantization.fake_quant import FakeQuantize
 from dist_compress.quantization.setting import Setting
+from dist_compress.quantization.weights import Weights
 from dist_compress.schema import MixedConfig
 
 Row = dict[str, Any]
@@ -66,9 +64,9 @@ class Mixed:
         if not self.candidates:
             raise UserError(f"{KEY}.candidates: quant_dtype is set for every weight. Leave it out where bits are open.")
 
-    def choose(self, latent: Callable[[str], torch.Tensor], compressing: Callable[[str], Function]) -> list[str]:
-        """Measure, and give each weight its dtype if there is a budget. Nothing is quantized yet. `latent`: of a path
-        what is quantized; `compressing`: what the projection then applies. Lines for the user. Collective."""
+    def choose(self, weights: Weights) -> list[str]:
+        """Measure, and give each weight its dtype if there is a budget. Nothing is quantized yet. Lines for the user.
+        Collective."""
         if not self.candidates:
             return []
         before = self._loss()
@@ -80,7 +78,7 @@ class Mixed:
             rises[path] = []
             for dtype in candidates:
                 self.parameters[path].spec = replace(first, dtype=dtype)
-                rises[path].append(self._loss_with(path, latent(path), compressing(path)) - before)
+                rises[path].append(self._loss_with(path, weights) - before)
             self.parameters[path].spec = first
         sizes = {path: [self._bytes(path, d) for d in found] for path, found in self.candidates.items()}
         self.rows = [
@@ -116,12 +114,12 @@ class Mixed:
                 found = next(d for d in self.candidates[row["name"]] if d.name == row["quant_dtype"])
                 quantizer.spec = replace(quantizer.spec, dtype=found)
 
-    def _loss_with(self, path: str, latent: torch.Tensor, compressed: Function) -> float:
+    def _loss_with(self, path: str, weights: Weights) -> float:
         """Of the float model with this one parameter quantized."""
         projection = self.context.projection
         projection.restore()
-        self.parameters[path].fit(latent)
-        projection.add(path, "quant", compressed)
+        self.parameters[path].fit(weights.whole(path))
+        projection.add(path, "quant", weights.compressing(path))
         loss = self._loss()
         projection.restore()
         projection.remove(path, "quant")
@@ -143,7 +141,7 @@ class Mixed:
         return -(-self._num_elements(path) * dtype.bits // 8) + 4 * self.parameters[path].scale.numel()
 
     def _num_elements(self, path: str) -> int:
-        return self.context.model.get_parameter(path).numel()
+        return math.prod(self.parameters[path].shape)
 
 
 def select(sizes: Sequence[Sequence[int]], rises: Sequence[Sequence[float]], budget: int) -> list[int]:

@@ -161,8 +161,9 @@ class Quantizer(Method):
         for path, quantizer in self.activations.items():
             checks.observed(path, quantizer.observer)
             quantizer.begin()
+        self.weights.look_at_norms()
         with projection.lifted():
-            self.said += self.mixed.choose(self.weights.folded, self.weights.compressing)
+            self.said += self.mixed.choose(self.weights)
         self.weights.fit()
         with projection.lifted():
             self._put_on()
@@ -197,6 +198,8 @@ class Quantizer(Method):
         for path, quantizer in self._all().items() if self.begun else ():
             latent = self.context.projection.latent(path) if path in self.parameters else None
             quantizer.stepped(latent)
+        if self.begun:
+            self.weights.follow()
 
     @contextmanager
     def float_activations(self) -> Iterator[None]:
@@ -259,12 +262,10 @@ class Quantizer(Method):
             self._put_on()
         speedup, anew = self.context.config.speedup, any(bool(mixed(m).any()) for m in self.members.values())
         changed = anew or speedup.norm == "plain" or not all(q.elementwise for q in weights)
-        self.weights.hold(True)  # the scales of the masked model, sliced: with these both must agree
-        projection.project()
+        projection.project()  # with the scales of the masked model, sliced: with these both must agree
         self.difference = self.agreement.check(None if changed else speedup.tolerance)
-        self.weights.hold(False)  # from here on ranges are those of the weights that are left
-        projection.restore()
-        projection.project()
+        with projection.lifted():
+            self.weights.follow()  # from here on ranges are those of the weights that are left
         comm.check_equal("quantization scales", self.fingerprint(), self.step)
         return [] if self.difference is not None else [UNCOMPARED]
 
@@ -342,4 +343,5 @@ class Quantizer(Method):
                 quantizer.observer.load_state_dict(state["observers"][path])
             else:
                 quantizer.observer = None  # its scale is learned
+        self.weights.follow()
         self._put_on()

@@ -8,11 +8,7 @@ from nets import EXAMPLE, attached, calibrated, net
 from torch import nn
 
 from dist_compress.errors import UserError
-from dist_compress.quantization.dtypes import DTYPES
-from dist_compress.quantization.fake_quant import Spec
-from dist_compress.quantization.fuse import Fold, Folded, Fused, compressing, find, fold, gradient
-from dist_compress.quantization.granularity import PerTensor
-from dist_compress.quantization.methods import lsq
+from dist_compress.quantization.fuse import Fold, Folded, Fused, find, fold
 from dist_compress.sites import Sites
 
 
@@ -72,18 +68,20 @@ def test_the_folded_layer_is_layer_and_norm(layer, norm, shape):
 
 def test_the_gradient_is_that_of_the_statistics_that_were_projected():
     """Those of the norm move on between the forward pass and the optimizer step."""
-    layer, norm = nn.Linear(4, 3), statistics(nn.BatchNorm1d(3))
-    quantizer = lsq.Lsq(Spec(DTYPES["int4"], "symmetric", PerTensor(), False, False), (3, 4), lsq.Options())
-    fold, weight, grad = Fold(layer, norm), layer.weight.detach(), torch.randn(3, 4)
-    quantizer.fit(fold.into(weight))
-    compressing(quantizer, fold)(weight)
-    wanted = gradient(quantizer, fold, weight, grad), quantizer.scale.grad.clone()
-    norm.running_var.mul_(9)
-    assert torch.equal(gradient(quantizer, fold, weight, grad), wanted[0])
-    assert torch.equal(quantizer.scale.grad, wanted[1])
-    fold.used = fold.factor()
-    gradient(quantizer, fold, weight, grad)
-    assert not torch.equal(quantizer.scale.grad, wanted[1])
+    model = net()
+    weights = calibrated(model, method="lsq").weights
+    grad, scale = torch.randn(model.conv1.weight.shape), weights.quantizers["conv1.weight"].scale
+
+    def gradients() -> tuple[torch.Tensor, torch.Tensor]:
+        model.conv1.weight.grad = grad.clone()
+        weights.gradients()
+        return model.conv1.weight.grad, scale.grad
+
+    wanted = gradients()
+    model.bn1.running_var.mul_(9)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), wanted, strict=True))
+    weights.look_at_norms()
+    assert not torch.equal(gradients()[1], wanted[1])
 
 
 def test_a_gamma_of_zero_is_no_division_by_zero():

@@ -46,7 +46,7 @@ class Bnn(FakeQuantize):
     def fit(self, weight: torch.Tensor) -> None:
         pass
 
-    def weight_gradient(self, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    def weight_gradient(self, weight: torch.Tensor, grad: torch.Tensor, sums: torch.Tensor | None) -> torch.Tensor:
         return grad
 
     @torch.no_grad()

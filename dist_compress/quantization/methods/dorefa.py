@@ -12,6 +12,7 @@ The rounding of a gradient is drawn from the seed of the micro-batch, whoever co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,6 @@ import torch
 from dist_compress.errors import UserError
 from dist_compress.quantization.affine import EPS, fake_quantize
 from dist_compress.quantization.fake_quant import FakeQuantize, Spec
-from dist_compress.quantization.granularity import Granularity, rows, spread
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Options:
 
 
 class Dorefa(FakeQuantize):
+    most: torch.Tensor  # the largest abs(tanh(w)) of each block
     folds = mixes = elementwise = False
     binary = True
     weight_granularity = "per_tensor"
@@ -53,6 +54,8 @@ class Dorefa(FakeQuantize):
             )
         super().__init__(spec, shape, options, device)
         self.scale.fill_(1 / dtype.quant_max)
+        self.reduced_by = "sum" if dtype.is_binary else "max"
+        self.register_buffer("most", torch.ones_like(self.scale), persistent=False)
 
     def new_observer(self, shape: Sequence[int], device: torch.device | str) -> None:
         return None
@@ -61,31 +64,44 @@ class Dorefa(FakeQuantize):
         out = Bounded.apply(x, fake_quantize(x, scale, zero_point, self.spec.dtype), self.options.gradient_bits)
         return out  # type: ignore[no-any-return]
 
-    def fit(self, weight: torch.Tensor) -> None:
+    def statistic(self, weight: torch.Tensor) -> torch.Tensor:
+        """The sum of abs(w), or the largest abs(tanh(w))."""
+        weight = weight.detach()
+        return (self.block_sums(weight.abs()) if self.spec.dtype.is_binary else self.extent(weight.tanh().abs())[1])[
+            None
+        ]
+
+    def take(self, statistic: torch.Tensor) -> None:
         if self.spec.dtype.is_binary:
-            mean = rows(weight.detach(), self.spec.granularity).abs().double().mean(1)
+            mean = statistic[0] / (math.prod(self.shape) // self.scale.numel())
             self.scale.copy_(mean.view_as(self.scale).clamp(min=EPS))
+        else:
+            self.most.copy_(statistic[0].view_as(self.most).clamp(min=EPS))
 
     @torch.no_grad()
     def compress(self, weight: torch.Tensor) -> torch.Tensor:
-        bounded = weight if self.spec.dtype.is_binary else normalised(weight, self.spec.granularity)
-        return super().compress(bounded)
+        binary = self.spec.dtype.is_binary
+        return super().compress(weight if binary else weight.tanh() / self.spread(self.most, weight.shape))
 
-    def weight_gradient(self, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        if self.spec.dtype.is_binary:  # straight through
+    @torch.no_grad()
+    def gradient_sums(self, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | None:
+        """Of gradient times tanh(w), and the number of the largest."""
+        if self.spec.dtype.is_binary:
+            return None
+        bounded = weight.tanh()
+        at_most = bounded.abs() == self.spread(self.most, weight.shape)
+        return torch.stack([self.block_sums(grad.double() * bounded), self.block_sums(at_most)])
+
+    @torch.no_grad()
+    def weight_gradient(self, weight: torch.Tensor, grad: torch.Tensor, sums: torch.Tensor | None) -> torch.Tensor:
+        """Through tanh(w) / m; that of the maximum m is shared by the elements that have it."""
+        if sums is None:  # signs: straight through
             return grad
-        with torch.enable_grad():
-            latent = weight.detach().requires_grad_()
-            return torch.autograd.grad(normalised(latent, self.spec.granularity), latent, grad)[0]
-
-
-def normalised(weight: torch.Tensor, granularity: Granularity) -> torch.Tensor:
-    """tanh(w) / max|tanh(w)|: in [-1, 1], of the shape of `weight`."""
-    bounded = torch.tanh(weight)
-    most = rows(bounded.abs(), granularity).amax(1).clamp(min=EPS)
-    if len(most) == 1:
-        return bounded / most
-    return bounded / spread(most.view(granularity.scale_shape(weight.shape)), weight.shape, granularity)
+        bounded, most = weight.tanh(), self.spread(self.most, weight.shape)
+        of_most = -sums[0].view_as(self.most) / self.most.double().square() / sums[1].view_as(self.most).clamp(min=1)
+        share = self.spread(of_most.float(), weight.shape)
+        of_bounded = grad / most + torch.where(bounded.abs() == most, bounded.sign() * share, 0.0)
+        return of_bounded * (1 - bounded.square())
 
 
 def rounded_gradient(grad: torch.Tensor, bits: int) -> torch.Tensor:

@@ -83,13 +83,16 @@ class Lsq(FakeQuantize):
         return LearnedStep.apply(x, scale, low, high, self.gain)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def weight_gradient(self, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        scale, _ = self.scales_for(weight)
+    def gradient_sums(self, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         low, high = self.spec.dtype.quant_min, self.spec.dtype.quant_max
-        of_weight, of_scale = gradients(weight, scale, grad, low, high)
-        total = rows(of_scale.double(), self.spec.granularity).sum(1) * self.gain
-        self.scale.grad = total.view_as(self.scale).to(self.scale.dtype)
-        return of_weight
+        return self.block_sums(gradients(weight, self.scales_for(weight)[0], grad, low, high)[1])[None]
+
+    @torch.no_grad()
+    def weight_gradient(self, weight: torch.Tensor, grad: torch.Tensor, sums: torch.Tensor | None) -> torch.Tensor:
+        assert sums is not None
+        self.scale.grad = (sums[0] * self.gain).view_as(self.scale).to(self.scale.dtype)
+        level = weight.float() / self.scales_for(weight)[0]
+        return grad * _inside(level, self.spec.dtype.quant_min, self.spec.dtype.quant_max)
 
 
 class LearnedStep(torch.autograd.Function):
@@ -113,9 +116,13 @@ def gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Equations 3 and 5: of x, and of the scale before it is summed over what shares it; both of the shape of x."""
     level = x.float() / scale
-    inside = (level >= low) & (level <= high)
+    inside = _inside(level, low, high)
     slope = torch.where(inside, torch.round(level) - level, level.clamp(low, high))
     return grad * inside, grad.float() * slope
+
+
+def _inside(level: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    return (level >= low) & (level <= high)
 
 
 def _first_scale(mean: torch.Tensor, spec: Spec) -> torch.Tensor:

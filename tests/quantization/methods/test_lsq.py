@@ -74,7 +74,7 @@ def test_scales_of_weights_learn_by_projection_what_autograd_says():
     for name, latent in latents.items():
         q, fold = quantizer.parameters[name], quantizer.weights.fold_of(name)
         w, scale = latent.requires_grad_(), q.scale.detach().clone().requires_grad_()
-        factor = 1.0 if fold is None else fold.factor()
+        factor = 1.0 if fold is None else fold.used
         compressed = by_autograd(w * factor, scale, -8, 7) / factor
         compressed.backward(found[name])
         torch.testing.assert_close(q.scale.grad, scale.grad * q.gain, atol=1e-6, rtol=1e-4)
