@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -25,32 +26,37 @@ def dealt(num: int, pieces: int, rank: int, size: int) -> list[Run]:
 class Flat(Layout):
     """Every parameter is one flat tensor a rank, of runs that know nothing of rows."""
 
-    def __init__(self, model: nn.Module, pieces: int = 13) -> None:
+    def __init__(self, model: nn.Module, pieces: int = 13, unsharded: Collection[str] = ()) -> None:
         """Takes what other ranks hold out of the model: its parameters become their local parts, shape lost."""
         super().__init__(model)
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
-        self.pieces = pieces
-        for name, parameter in model.named_parameters():
-            flat = parameter.detach().flatten()
-            own = [flat[first : first + length] for first, length in self.runs(name, comm.rank())]
-            parameter.data = torch.cat([flat[:0], *own])
+        self.pieces, self.unsharded = pieces, set(unsharded)
+        self.is_whole_now = True
+        self.release()
 
     def shape(self, name: str) -> torch.Size:
         return self.shapes[name]
 
     def runs(self, name: str, rank: int) -> list[Run]:
+        if name in self.unsharded:
+            return [(0, self.shapes[name].numel())]
         return dealt(self.shapes[name].numel(), self.pieces, rank, comm.world_size())
 
     def gather(self) -> None:
-        """Every parameter whole on every rank, as in the forward pass."""
-        for name, parameter in self.model.named_parameters():
+        """Every parameter whole on every rank, as in the forward pass; nothing if it is already."""
+        for name, parameter in self._parted() if not self.is_whole_now else ():
             parameter.grad, parameter.data = None, whole(self, name)
+        self.is_whole_now = True
 
     def release(self) -> None:
         """Back to the local parts."""
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._parted() if self.is_whole_now else ():
             pieces = [parameter.detach().flatten()[a : a + n] for a, n in self.runs(name, comm.rank())]
             parameter.grad, parameter.data = None, torch.cat([parameter.detach().new_empty(0), *pieces])
+        self.is_whole_now = False
+
+    def _parted(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if name not in self.unsharded]
 
 
 def whole(layout: Layout, name: str) -> torch.Tensor:
@@ -67,17 +73,19 @@ def whole(layout: Layout, name: str) -> torch.Tensor:
     return comm.all_reduce(flat).view(layout.shape(name))
 
 
-def shard(model: nn.Module, kind: str) -> Layout:
-    """`model` in parts: "fsdp" (with a unit for two of its layers), "hsdp" (two replicas of it), "flat" or "whole"."""
+def shard(model: nn.Module, kind: str, unsharded: Collection[str] = ()) -> Layout:
+    """`model` in parts: "fsdp" (with a unit for two of its layers), "hsdp" (two replicas of it), "flat" or "whole".
+    `unsharded`: parameters that stay whole on every rank."""
     if kind == "flat":
-        return Flat(model)
+        return Flat(model, unsharded=unsharded)
     if kind in ("fsdp", "hsdp"):
         size = comm.world_size()
         names = {"mesh_dim_names": ("replicate", "shard")} if kind == "hsdp" else {}
         mesh = init_device_mesh("cpu", (2, size // 2) if kind == "hsdp" else (size,), **names)
+        ignored = {model.get_parameter(name) for name in unsharded}
         for child in [c for c in model.children() if sum(1 for _ in c.parameters())][1:4:2]:
-            fully_shard(child, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(child, mesh=mesh, ignored_params=ignored)
+        fully_shard(model, mesh=mesh, ignored_params=ignored)
     return Layout(model)
 
 

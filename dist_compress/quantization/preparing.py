@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-import torch
 from torch import nn
 
 from dist_compress import comm
@@ -17,6 +16,7 @@ from dist_compress.errors import UserError
 from dist_compress.linear_form import has_linear_form
 from dist_compress.method import Context
 from dist_compress.quantization import channels
+from dist_compress.quantization.channels import Graph
 from dist_compress.quantization.fake_quant import FakeQuantize
 from dist_compress.quantization.fuse import Fold
 from dist_compress.quantization.heard import Heard
@@ -38,9 +38,18 @@ def check(model: nn.Module, parameters: Mapping[str, FakeQuantize]) -> None:
             )
 
 
+def graph(sites: Sites, quantizers: Iterable[FakeQuantize]) -> Graph | None:
+    """What methods that change weights have to know of a model, while a rank has all of it; None: there are none.
+    Collective. Raises UserError."""
+    if not any(isinstance(quantizer, Rescales | Solves) for quantizer in quantizers):
+        return None
+    return comm.on_rank0(lambda: channels.find(sites))
+
+
 def rounds(
-    context: Context, quantizers: Iterable[FakeQuantize], norms: Mapping[str, Fold], notes: list[str]
-) -> Iterator[Heard]:
+    context: Context, quantizers: Iterable[FakeQuantize], graph: Graph | None, norms: Mapping[str, Fold],
+    notes: list[str],
+) -> Iterator[Heard]:  # fmt: skip
     """Listeners for the calibration; what one hears changes weights before the next is given out. `norms`: by the layer
     that they will be folded into. `notes` gets lines for the user. Every step is collective. Raises UserError on every
     rank."""
@@ -54,11 +63,8 @@ def rounds(
                 own[where] = _layer(context, quantizer, norms.get(where))
         elif isinstance(quantizer, Solves):
             solved.append(_layer(context, quantizer, norms.get(where)))
-    if not rescaled and not solved:
+    if graph is None or not rescaled and not solved:
         return
-    assert context.example is not None
-    sites = Sites(context.model, *context.example)
-    graph = comm.on_rank0(lambda: channels.find(sites))
     for layers in rescaled.values():
         rescaling = Rescaling(context, list(layers.values()), graph.folds)
         notes.extend(rescaling.notes())
@@ -77,16 +83,5 @@ def _has_weight(model: nn.Module, name: str) -> bool:
 
 
 def _layer(context: Context, quantizer: FakeQuantize, fold: Fold | None) -> Layer:
-    projection, name = context.projection, quantizer.place[0]
-    path = f"{name}.weight"
-    keep = projection.masks().get(projection.owner(path))
-
-    def read() -> torch.Tensor:
-        latent = projection.latent(path)
-        masked = latent if keep is None else latent * keep
-        return masked if fold is None else fold.into(masked)
-
-    def write(weight: torch.Tensor) -> None:
-        projection.latent(path).copy_(weight if fold is None else fold.out_of(weight))
-
-    return Layer(name, context.model.get_submodule(name), quantizer, read, write, keep)
+    name = quantizer.place[0]
+    return Layer(name, context.model.get_submodule(name), quantizer, context.projection, fold)

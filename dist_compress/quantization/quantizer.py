@@ -87,6 +87,7 @@ class Quantizer(Method):
         self.weights = Weights(context, self.parameters, found.fused)
         self.mixed = Mixed(self.config.mixed, self.settings, self.parameters, context, self.reduced)
         self._install()
+        self.graph = preparing.graph(Sites(model, args, kwargs), self._all().values())
         self.freeze = duration(self.config.freeze, "quantization.freeze", context.total_steps, context.steps_per_epoch)
         self.step = 0
 
@@ -115,7 +116,9 @@ class Quantizer(Method):
     def rounds(self) -> Iterator[tuple[Listener, int]]:
         """What has to be shown the calibration data before `begin`, one after the other, and how many global batches
         of it. Whatever changes weights has done so before the next is given out. Every step is collective."""
-        for listener in preparing.rounds(self.context, self._all().values(), self.weights.folds, self.said):
+        self.weights.look_at_norms()
+        known = self.graph, self.weights.folds, self.said
+        for listener in preparing.rounds(self.context, self._all().values(), *known):
             yield listener, self.config.calibration_steps
         if any(q.observer is not None for q in self.activations.values()):
             yield self, self.config.calibration_steps
@@ -248,6 +251,7 @@ class Quantizer(Method):
         shapes = {path: model.get_parameter(path).shape for path in self.parameters}
         self.members |= resize(self.parameters, {path: owner(path) for path in shapes}, shapes, transform)
         self._install()
+        self.graph = preparing.graph(Sites(model, *self._example()), self._all().values())
 
     def follow(self, tensors: Tensors) -> Tensors:
         return follow({path: self._all()[path] for path in self.members}, self.members, tensors)

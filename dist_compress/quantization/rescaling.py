@@ -20,7 +20,7 @@ from dist_compress.method import Context
 from dist_compress.quantization.channels import Fold, Reader, column_dim
 from dist_compress.quantization.fake_quant import FakeQuantize
 from dist_compress.quantization.heard import Heard, owners, refuse
-from dist_compress.quantization.layer import Layer
+from dist_compress.quantization.layer import Layer, bring, leave
 from dist_compress.tracing.untouched import untouched
 
 
@@ -87,7 +87,7 @@ class Rescaling(Heard):
             for target in view.targets:
                 layer, features = target.layer, len(target.reader.channels)
                 self.source[layer.name] = source = first.setdefault(target.reader.source, layer.name)
-                costs[str(number)] = costs.get(str(number), 0) + layer.read().numel() * features
+                costs[str(number)] = costs.get(str(number), 0) + layer.shape.numel() * features
                 if source == layer.name:
                     measures[source] = self._measure(layer, features)
         by_view = owners(costs)
@@ -110,7 +110,7 @@ class Rescaling(Heard):
     def _measure(self, layer: Layer, features: int):  # type: ignore[no-untyped-def]
         quantizer, module = layer.quantizer, layer.module
         assert isinstance(quantizer, Rescales)
-        nothing = torch.zeros(1, features, device=layer.read().device)
+        nothing = torch.zeros(1, features, device=layer.device)
         return lambda x: quantizer.input_statistic(input_rows(module, x)[0]), quantizer.input_statistic(nothing).shape
 
     def notes(self) -> list[str]:
@@ -130,13 +130,16 @@ class Rescaling(Heard):
         statistics = self.totals(self.owner)
         failures: list[str] = []
         found = []
+        targets = [(t.layer, owner) for v, owner in zip(self.views, self.view_owner, strict=True) for t in v.targets]
+        layers = [layer for layer, _ in targets]
         with self.context.projection.lifted():
             before = self._outputs()
+            bring(layers, {layer.name: owner for layer, owner in targets})
             for view, owner in zip(self.views, self.view_owner, strict=True):
                 mine = self._scales(view, statistics, failures) if owner == comm.rank() else None
-                device = view.targets[0].layer.read().device
-                zeros = torch.zeros(view.num_channels, dtype=torch.float64, device=device)
+                zeros = torch.zeros(view.num_channels, dtype=torch.float64, device=view.targets[0].layer.device)
                 found.append(zeros if mine is None else mine)
+            leave(layers)
             refuse(failures, "The model or the data is broken; look at the float model first.")
             scales = comm.all_reduce(torch.cat(found)).split([len(s) for s in found])
             for view, scale in zip(self.views, scales, strict=True):
@@ -160,21 +163,28 @@ class Rescaling(Heard):
         return torch.where(known, scales, 1.0)
 
     def _apply(self, fold: Fold, scales: torch.Tensor) -> None:
-        latent = self.context.projection.latent
+        projection = self.context.projection
+
+        def held(name: str, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            """What this rank holds of a latent, and of a factor that broadcasts to all of it."""
+            return projection.latent(name), projection.layout.part(projection.owner(name), factor)
+
         for name, dim in fold.parameters:
-            tensor = latent(name)
-            shape = [-1 if d == dim else 1 for d in range(tensor.dim())]
-            tensor.copy_(tensor.double() / scales.view(shape))
+            num_dims = len(projection.layout.shape(projection.owner(name)))
+            tensor, divisor = held(name, scales.view([-1 if d == dim else 1 for d in range(num_dims)]))
+            tensor.copy_(tensor.double() / divisor)
         for reader in fold.readers:
-            tensor, factor = latent(f"{reader.layer}.weight"), _by_feature(scales, reader)
+            columns = _by_feature(scales, reader)
             dim = column_dim(self.context.model.get_submodule(reader.layer))
-            tensor.copy_(tensor.double() * (factor[:, None] if dim == 0 else factor))
+            tensor, factor = held(f"{reader.layer}.weight", columns[:, None] if dim == 0 else columns)
+            tensor.copy_(tensor.double() * factor)
 
     def _outputs(self) -> list[torch.Tensor]:
         assert self.context.example is not None
         args, kwargs = self.context.example
         with untouched(self.context.model):
             out = self.context.model(*args, **kwargs)
+        self.context.rest()
         return [t.detach().clone() for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
     def _check(self, before: list[torch.Tensor], after: list[torch.Tensor]) -> None:

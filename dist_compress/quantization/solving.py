@@ -17,7 +17,7 @@ from dist_compress.linear_form import input_rows, weight_rows
 from dist_compress.method import Context
 from dist_compress.quantization.fake_quant import FakeQuantize
 from dist_compress.quantization.heard import Heard, owners, refuse
-from dist_compress.quantization.layer import Layer
+from dist_compress.quantization.layer import Layer, bring, leave
 
 
 class Solves(FakeQuantize):
@@ -49,7 +49,7 @@ class Solving(Heard):
         self.source = {x.name: first.setdefault(sources.get(x.name, x.name), x.name) for x in layers}
         measures, costs = {}, dict.fromkeys(first.values(), 0.0)
         for layer in layers:
-            groups, rows, features = weight_rows(layer.module, layer.read()).shape
+            groups, rows, features = weight_rows(layer.module, torch.empty(layer.shape, device="meta")).shape
             costs[self.source[layer.name]] += groups * (features**3 + rows * features**2)
             if self.source[layer.name] == layer.name:
                 measures[layer.name] = _measure(layer.module), (groups, features, features)
@@ -65,6 +65,7 @@ class Solving(Heard):
         solved: dict[str, torch.Tensor] = {}
         failures = []
         with self.projection.lifted():
+            bring(self.layers, {layer.name: self.owner[self.source[layer.name]] for layer in self.layers})
             for layer in [x for x in self.layers if self.source[x.name] in grams]:
                 gram, weight = grams[self.source[layer.name]], layer.read()
                 try:
@@ -79,14 +80,17 @@ class Solving(Heard):
                         raise torch.linalg.LinAlgError("apply_method makes other numbers of those it was solved for")
                 except torch.linalg.LinAlgError as error:
                     failures.append(f"{layer.name}: {layer.method} has no solution: {error}")
+            leave(self.layers)
             refuse(failures, "Raise the dampening in the method's options, calibrate longer, or exclude the layer.")
             for layer in self.layers:
                 self._hand_out(layer, solved.get(layer.name))
 
     def _hand_out(self, layer: Layer, weight: torch.Tensor | None) -> None:
         """Weight, scale and zero point of the owner, here. Collective: one broadcast."""
-        q, old = layer.quantizer, layer.read()
-        parts = [old if weight is None else weight, q.scale, q.zero_point]
+        q, mine = layer.quantizer, weight
+        if mine is None:
+            mine = torch.empty(layer.shape, dtype=layer.dtype, device=layer.device)
+        parts = [mine, q.scale, q.zero_point]
         flat = torch.cat([part.contiguous().flatten().view(torch.uint8) for part in parts])
         sizes = [part.numel() * part.element_size() for part in parts]
         raw = comm.broadcast(flat, self.owner[self.source[layer.name]]).split(sizes)

@@ -12,7 +12,8 @@ from dist_compress import backends, comm
 from dist_compress.config import Config, QuantizationConfig
 from dist_compress.method import Context
 from dist_compress.projection import Projection
-from dist_compress.quantization import Quantizer
+from dist_compress.quantization import Quantizer, preparing
+from dist_compress.sites import Sites
 from dist_compress.target import Coupling
 from dist_compress.training import determinism
 from dist_compress.training.data import Data
@@ -69,6 +70,7 @@ def made(micro: int = 8, **quantization: Any) -> tuple[Trainer, Quantizer]:
         )
     )  # fmt: skip
     model.tracing = False
+    quantizer.graph = preparing.graph(Sites(model, *data.example(2)), quantizer.parameters.values())  # as it runs
     trainer.methods = [quantizer]
     trainer.rebuild(lambda moments: moments)
     return trainer, quantizer
