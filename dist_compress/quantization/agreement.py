@@ -1,13 +1,15 @@
 """Masked and shrunk agree when they are quantized, too: the same scales, and sums over fewer zeros.
 
 Sums in another order differ in their last bits, and where a value lies between two levels that is a whole level. In
-float64 this does not happen (a tie within 1e-16), so there both models must give the same numbers.
+float64 this does not happen (a tie within 1e-16), so there both models must give the same numbers. A sharded model is
+no rank's alone: every rank calls it as it is, in the precision of the run and with float activations, which leaves the
+quantized weights to be compared, and of sums their last bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -18,38 +20,89 @@ from dist_compress import comm
 from dist_compress.tracing.untouched import untouched
 from dist_compress.tracing.verify import verify
 
-UNCOMPARED = "the quantized model does not run in float64: masked and shrunk were compared as floats only"
 FOLD_TOLERANCE = 1e-4  # largest difference of the folded from the simulated model
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def ask(
+    model: nn.Module, example: Call, floating: Callable[[], AbstractContextManager[None]],
+    rest: Callable[[], None] | None,
+) -> Agreement:  # fmt: skip
+    """The answers of the masked model. `floating`: a context in which its activations are float. `rest`: of a sharded
+    model, what lets every rank hold its part only. Collective."""
+    return Agreement(model, example) if rest is None else ShardedAgreement(model, example, floating, rest)
 
 
 class Agreement:
     """What the masked model answers, before it is shrunk in place. Rank 0 holds it. Collective."""
 
+    precision = "in float64"
+
     def __init__(self, model: nn.Module, example: Call) -> None:
         self.model, self.example = model, example
         self.answers: list[Any] | None = None
-        comm.on_rank0(self._remember)
+        self._remember()
 
     def _remember(self) -> None:
-        try:
-            self.answers = outputs(self.model, self.example)
-        except (RuntimeError, TypeError, ValueError):  # code that makes tensors of a type of its own
-            self.answers = None
+        def ask() -> None:
+            try:
+                self.answers = outputs(self.model, self.example)
+            except (RuntimeError, TypeError, ValueError):  # code that makes tensors of a type of its own
+                self.answers = None
+
+        comm.on_rank0(ask)
 
     def check(self, tolerance: float | None) -> float | None:
         """max|shrunk - masked| / max|masked|, the same on every rank; None where the model does not run in float64.
         Raises RuntimeError if it is above `tolerance`; None: scales differ, so this is no law. Collective."""
-        difference = comm.on_rank0(self._difference)
+        difference = self._difference()
         if difference is not None and tolerance is not None and not difference <= tolerance:
             raise RuntimeError(
                 f"masked and shrunk model differ by {difference:.3g} (relative) when they are quantized, with the same "
-                f"scales and in float64: more than speedup.tolerance={tolerance:g}. Nothing is exported."
+                f"scales and {self.precision}: more than speedup.tolerance={tolerance:g}. Nothing is exported."
             )
         return difference
 
+    def notes(self, difference: float | None) -> list[str]:
+        """Lines for the user, of what was not compared. `difference`: what `check` said. Local."""
+        unknown = "the quantized model does not run in float64: masked and shrunk were compared as floats only"
+        return [unknown] if difference is None else []
+
     def _difference(self) -> float | None:
-        return None if self.answers is None else verify(self.answers, outputs(self.model, self.example))
+        def compare() -> float | None:
+            return None if self.answers is None else verify(self.answers, outputs(self.model, self.example))
+
+        return comm.on_rank0(compare)
+
+
+class ShardedAgreement(Agreement):
+    """Of a model that every rank has to call."""
+
+    precision = "with float activations"
+
+    def __init__(
+        self, model: nn.Module, example: Call, floating: Callable[[], AbstractContextManager[None]],
+        rest: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.floating, self.rest = floating, rest
+        super().__init__(model, example)
+
+    def _remember(self) -> None:
+        self.answers = self._outputs()
+
+    def notes(self, difference: float | None) -> list[str]:
+        return ["the model is sharded: masked and shrunk were compared with quantized weights, but float activations"]
+
+    def _difference(self) -> float | None:
+        answers = self._outputs()
+        return comm.on_rank0(lambda: verify(self.answers, answers))
+
+    def _outputs(self) -> list[Any]:
+        noise = tree_map(_like, _noise(self.example), self.example)
+        with self.floating():
+            found = [_on_cpu(answer(self.model, call)) for call in (self.example, noise)]
+        self.rest()
+        return found
 
 
 def folded_difference(simulated: Any, folded: Any) -> float:
@@ -98,6 +151,11 @@ def _double(nest: Any) -> Any:
 def _noise(nest: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     return _map(nest, lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device))
+
+
+def _like(leaf: Any, other: Any) -> Any:
+    """In the dtype of another tensor."""
+    return leaf.to(other.dtype) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _on_cpu(nest: Any) -> Any:

@@ -31,15 +31,14 @@ from dist_compress.config_list import overrides
 from dist_compress.duration import duration
 from dist_compress.fingerprint import weights_fingerprint
 from dist_compress.method import Context, Listener, Method, Tensors
-from dist_compress.quantization import checks, preparing
-from dist_compress.quantization.agreement import UNCOMPARED, Agreement, answer, folded_difference
+from dist_compress.quantization import agreement, checks, preparing
 from dist_compress.quantization.config_list import resolve, spec_of
 from dist_compress.quantization.deploy import install, name_of, round_biases
 from dist_compress.quantization.fake_quant import FakeQuantize, Spec
 from dist_compress.quantization.granularity import mixed
 from dist_compress.quantization.mixed import Mixed
 from dist_compress.quantization.observer import reduce
-from dist_compress.quantization.shrinking import Marks, Transform, follow, resize
+from dist_compress.quantization.shrinking import Shrink, Transform, follow
 from dist_compress.quantization.table import Row, table
 from dist_compress.quantization.targets import collect
 from dist_compress.quantization.weights import Weights
@@ -76,10 +75,8 @@ class Quantizer(Method):
 
     def attach(self, context: Context) -> None:
         """Find the targets, fuse layers with their norms, hook the quantizers in. Collective. Raises UserError."""
-        assert context.example is not None
-        self.context, model = context, context.model
-        args, kwargs = context.example
-        found = collect(self.config, Sites(model, args, kwargs), "onnx" in context.config.export)
+        self.context = context
+        found = collect(self.config, Sites(context.model, *self._example()), "onnx" in context.config.export)
         self.settings, self.reduced, self.fused = found.settings, found.reduced, found.fused
         self.activations, self.parameters = found.activations, found.parameters
         if context.config.speedup.enabled:
@@ -87,18 +84,18 @@ class Quantizer(Method):
         self.weights = Weights(context, self.parameters, found.fused)
         self.mixed = Mixed(self.config.mixed, self.settings, self.parameters, context, self.reduced)
         self._install()
-        self.graph = preparing.graph(Sites(model, args, kwargs), self._all().values())
         self.freeze = duration(self.config.freeze, "quantization.freeze", context.total_steps, context.steps_per_epoch)
         self.step = 0
 
     def _install(self) -> None:
-        """Put the quantizers into the model as it is now."""
+        """Put the quantizers into the model as it is now. Collective."""
         model = self.context.model
         self.weights.install()
         self.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         handles = [install(model, *quantizer.place, quantizer) for quantizer in self._all().values()]
         self.handles = [handle for handle in handles if handle is not None]
         self.hook = model.register_forward_pre_hook(self._begin_pass)
+        self.graph = preparing.graph(Sites(model, *self._example()), self._all().values())
 
     def start_step(self, shrink: int | None) -> int | None:
         if self.begun:
@@ -224,7 +221,8 @@ class Quantizer(Method):
         self.hook.remove()
         if self.begun:
             projection.project()
-            self.agreement = Agreement(model, self._example())
+            rest = self.context.rest if self.weights.places.sharded else None
+            self.agreement = agreement.ask(model, self._example(), self.float_activations, rest)
         with projection.lifted():
             self.weights.take_off()
         projection.project()
@@ -234,24 +232,14 @@ class Quantizer(Method):
             where, target = quantizer.place
             delattr(model.get_submodule(where), name_of(target))
             quantizer.enabled = False
-        self.marks = Marks(model, self.activations)
-        self.calls = call_sites.describe(model)
-        call_sites.hide(model, {where for where, _ in self.marks.places.values()})
+        self.shrink = Shrink(self.context, self.activations)
 
     def added(self) -> list[str]:
-        return list(self.marks.names().values())
+        return self.shrink.added()
 
     def rebase(self, transform: Transform) -> None:
-        model, owner = self.context.model, self.context.projection.owner
-        call_sites.restore(model, self.calls)
-        sites = Sites(model, *self._example())
-        shapes = {s.path: sites.site(s.module, s.target).shape for s in self.settings if s.is_activation}
-        self.members = resize(self.activations, self.marks.names(), shapes, transform)
-        self.marks.take_off()
-        shapes = {path: model.get_parameter(path).shape for path in self.parameters}
-        self.members |= resize(self.parameters, {path: owner(path) for path in shapes}, shapes, transform)
+        self.members = self.shrink.cut(self.settings, self.parameters, transform)
         self._install()
-        self.graph = preparing.graph(Sites(model, *self._example()), self._all().values())
 
     def follow(self, tensors: Tensors) -> Tensors:
         return follow({path: self._all()[path] for path in self.members}, self.members, tensors)
@@ -271,20 +259,23 @@ class Quantizer(Method):
         with projection.lifted():
             self.weights.follow()  # from here on ranges are those of the weights that are left
         comm.check_equal("quantization scales", self.fingerprint(), self.step)
-        return [] if self.difference is not None else [UNCOMPARED]
+        return self.agreement.notes(self.difference)
 
     def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         assert self.context.example is not None
         return self.context.example
+
+    def conclude(self) -> None:
+        self.weights.forget()
 
     def finish(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Fold norms for good: the model that is left must be the one that was simulated. Then round the biases."""
         model, call = self.context.model, (args, kwargs)
         self.measure(args, kwargs)
         with self.float_activations():
-            simulated = answer(model, call)
+            simulated = agreement.answer(model, call)
             self.fold()
-            difference = folded_difference(simulated, answer(model, call))
+            difference = agreement.folded_difference(simulated, agreement.answer(model, call))
         round_biases(model)
         return {**self.results(), "verify/folded_max_rel_diff": difference}
 

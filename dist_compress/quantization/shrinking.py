@@ -13,10 +13,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from dist_compress import call_sites
+from dist_compress.method import Context
 from dist_compress.quantization.deploy import name_of
 from dist_compress.quantization.fake_quant import FakeQuantize
 from dist_compress.quantization.granularity import block_numbers, carried, rows
-from dist_compress.sites import replace
+from dist_compress.quantization.setting import Setting
+from dist_compress.sites import Sites, replace
 
 Transform = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
@@ -60,6 +63,35 @@ class Marks:
         for where, buffer in self.places.values():
             delattr(self.model.get_submodule(where), buffer)
         self.places, self.handles = {}, []
+
+
+class Shrink:
+    """A model without its quantizers, from `detach` to `rebase`."""
+
+    def __init__(self, context: Context, activations: Mapping[str, FakeQuantize]) -> None:
+        self.context, self.activations = context, activations
+        self.marks = Marks(context.model, activations)
+        self.calls = call_sites.describe(context.model)
+        call_sites.hide(context.model, {where for where, _ in self.marks.places.values()})
+
+    def added(self) -> list[str]:
+        """Names of the buffers that are in the model meanwhile."""
+        return list(self.marks.names().values())
+
+    def cut(
+        self, settings: Sequence[Setting], parameters: Mapping[str, FakeQuantize], transform: Transform
+    ) -> dict[str, torch.Tensor]:
+        """The model was: cut the quantizers like it. Returns the members of each block of those with several. Raises
+        UserError."""
+        model, owner = self.context.model, self.context.projection.owner
+        assert self.context.example is not None
+        call_sites.restore(model, self.calls)
+        sites = Sites(model, *self.context.example)
+        shapes = {s.path: sites.site(s.module, s.target).shape for s in settings if s.is_activation}
+        members = resize(self.activations, self.marks.names(), shapes, transform)
+        self.marks.take_off()
+        sizes = {path: model.get_parameter(path).shape for path in parameters}
+        return members | resize(parameters, {path: owner(path) for path in sizes}, sizes, transform)
 
 
 def _cut_dims(quantizer: FakeQuantize) -> list[int]:

@@ -72,5 +72,6 @@ def made(micro: int = 8, **quantization: Any) -> tuple[Trainer, Quantizer]:
     model.tracing = False
     quantizer.graph = preparing.graph(Sites(model, *data.example(2)), quantizer.parameters.values())  # as it runs
     trainer.methods = [quantizer]
+    trainer.release()
     trainer.rebuild(lambda moments: moments)
     return trainer, quantizer
