@@ -97,6 +97,64 @@ def test_long_work_of_rank_0_does_not_time_out_and_a_late_rank_does(ranks):
     assert first[0] == 7.0 and second == (7.0, "gave up")
 
 
+def act_alone() -> tuple:
+    """Everything of comm.py inside `alone`, on rank 0; the other ranks never enter a collective of the group."""
+
+    def work() -> tuple:
+        with comm.alone():
+            comm.barrier()
+            comm.check_equal("what rank 0 holds", 7, step=0)
+            comm.check_order("modules", ["a", "b"])
+            return (
+                comm.rank(),
+                comm.world_size(),
+                comm.all_reduce(torch.tensor([3, 4])).tolist(),
+                comm.all_gather(torch.tensor([5])).tolist(),
+                [part.tolist() for part in comm.all_to_all([torch.tensor([1, 2])], [2])],
+                comm.broadcast(torch.tensor([6])).tolist(),
+                comm.broadcast_object("o", patient=True),
+                comm.gather_object("g"),
+                comm.ordered_sum(torch.ones(2, 3), 2, initial=torch.ones(3, dtype=torch.float64)).tolist(),
+                comm.own_slot(9).tolist(),
+                comm.sum_together([torch.tensor([8])])[0].tolist(),
+                comm.on_rank0(lambda: "nested"),
+            )
+
+    found = comm.on_rank0(work)
+    try:
+        if comm.rank() == 1:
+            with comm.alone():
+                pass
+        refused = False
+    except AssertionError:
+        refused = True
+    return found, refused, comm.world_size(), comm.gather_object(comm.rank())
+
+
+def test_alone_rank_0_is_the_only_rank_and_touches_no_group(ranks):
+    first, second = ranks(2, act_alone)
+    local = (0, 1, [3, 4], [[5]], [[1, 2]], [6], "o", ["g"], [3.0] * 3, [9], [8], "nested")
+    assert first == (local, False, 2, [0, 1])
+    assert second == (local, True, 2, [0, 1])
+
+
+def fail_alone() -> tuple[str, list[int]]:
+    def work() -> None:
+        with comm.alone():
+            raise ValueError("nothing to export")
+
+    try:
+        comm.on_rank0(work)
+    except Exception as error:
+        return str(error), comm.gather_object(comm.rank())
+    raise AssertionError
+
+
+def test_an_error_alone_reaches_every_rank_and_the_group_goes_on(ranks):
+    for text, seen in ranks(2, fail_alone):
+        assert "nothing to export" in text and seen == [0, 1]
+
+
 def fail_on_rank0(user: bool) -> tuple[str, str]:
     def fail() -> None:
         raise UserError("data.root=/nowhere") if user else KeyError("lost")
