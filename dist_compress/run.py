@@ -33,8 +33,8 @@ from dist_compress.projection import Projection
 from dist_compress.reporting.reporter import Reporter
 from dist_compress.slices import slice_masks
 from dist_compress.speedup import Plan, apply, apply_to_state
-from dist_compress.speedup.masking import on_meta
 from dist_compress.target import Coupling
+from dist_compress.tracing.copies import on_meta
 from dist_compress.training import checkpoint, data, determinism, task
 from dist_compress.training.batchnorm import use_sync_batchnorm
 from dist_compress.training.calibration import calibrate

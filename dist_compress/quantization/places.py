@@ -9,6 +9,7 @@ import torch
 from dist_compress import comm
 from dist_compress.errors import UserError
 from dist_compress.exchange import Exchange, Span
+from dist_compress.parts import join
 from dist_compress.projection import Projection
 from dist_compress.quantization.fake_quant import FakeQuantize
 from dist_compress.quantization.holding import Holding
@@ -58,7 +59,4 @@ class Places:
         holding = self.holdings[path]
         if holding is None:
             return local
-        num, holdings = holding.shape.numel(), {path: holding.layout.holdings(holding.name)}
-        exchange = Exchange(holdings, [[Span(path, 0, num)]] * comm.world_size())
-        flat = local.reshape(-1)
-        return exchange.move(exchange.pick(lambda _: flat), lambda _: flat)[0].view(holding.shape)
+        return join(local, holding.layout.holdings(holding.name), holding.shape)

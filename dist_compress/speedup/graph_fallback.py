@@ -19,9 +19,9 @@ from dist_compress.speedup.cost import resize_batch
 from dist_compress.speedup.graph_align import Aligned, Inputs, align, calls_of, program_of
 from dist_compress.speedup.graph_repair import Kepts, as_planned, repair, sliced_inputs
 from dist_compress.speedup.keep import Keep
-from dist_compress.speedup.masking import copied, tensors_of
 from dist_compress.speedup.plan import GraphRewrite, Plan, encode
 from dist_compress.speedup.structure import Structure
+from dist_compress.tracing.copies import copied, tensors_of
 from dist_compress.tracing.untouched import untouched
 from dist_compress.tracing.verify import verify
 

@@ -20,7 +20,6 @@ from dist_compress.speedup.custom import is_leaf
 from dist_compress.speedup.dimwise import GroupNorm
 from dist_compress.speedup.elementwise import Restride
 from dist_compress.speedup.keep import Keep
-from dist_compress.speedup.masking import copied, tensors_of
 from dist_compress.speedup.movement import Move, View
 from dist_compress.speedup.plan import Plan
 from dist_compress.speedup.rules import rule_of
@@ -28,6 +27,7 @@ from dist_compress.speedup.same_moves import moves_alike
 from dist_compress.speedup.structure import Structure
 from dist_compress.speedup.wrong_rule import check_user_rules
 from dist_compress.tracing import ModuleCall, Op, Ref, Trace, TraceError, trace
+from dist_compress.tracing.copies import copied, tensors_of
 from dist_compress.tracing.verify import verify
 
 _COUNTED = (Move, View, Convolution, GroupNorm)  # rules of ops whose numbers are sizes or follow them

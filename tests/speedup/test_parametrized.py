@@ -10,7 +10,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 from dist_compress import speedup
 from dist_compress.speedup import apply, verify
-from dist_compress.speedup.masking import duplicate, tensors_of
+from dist_compress.speedup.masking import duplicate
+from dist_compress.tracing.copies import tensors_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
