@@ -5,7 +5,8 @@ scale is cut to it, and extents and sums over blocks are taken as far as this ra
 over the ranks is that of the block. An element that several ranks hold is summed by the first of them.
 
 Extents have no order. A sum has the bits it has on one rank if all of its block is held by one rank and consecutive
-there, else those up to the rounding of float64. Everything is local.
+there, else those up to the rounding of float64 (of float32 numbers of one size, a few thousand have an exact sum).
+Everything is local.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Parts:
         self.projection = quantizer.context.projection
         self.layout: Layout = shard(self.model, kind, quantizer.unsharded())
         self.projection.layout = self.layout
-        quantizer.context.rest = self.rest
+        quantizer.context.rest, quantizer.context.evaluate = self.rest, lambda num_samples: {"loss": self.loss()}
         if isinstance(self.layout, Flat):
             self.model.register_forward_pre_hook(lambda *_: self.layout.gather())  # type: ignore[attr-defined]
 
@@ -64,6 +64,15 @@ class Parts:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Of one batch, which every rank sees."""
+        self.projection.project()
+        x, y = micro_batch(0, 0)
+        loss = F.cross_entropy(self.model.eval()(x), y)
+        self.rest()
+        return float(loss)
 
     @torch.no_grad()
     def calibrate(self, steps: int = 2) -> None:
@@ -137,12 +146,21 @@ def _micros() -> range:
     return range(comm.rank(), -(-NUM_MICRO // size) * size, size)
 
 
-def made(kind: str, model: nn.Module | None = None, **config: Any) -> Parts:
-    """Attached to a whole model, which is sharded afterwards, as a run does it."""
+def made(
+    kind: str, model: nn.Module | None = None, example: torch.Tensor | None = None,
+    weights: dict[str, torch.Tensor] | None = None, **config: Any,
+) -> Parts:  # fmt: skip
+    """Attached to a whole model, which is sharded afterwards, as a run does it. `weights`: loaded in between."""
     quantizer = Quantizer(Config(quantization=QuantizationConfig(**config)))
-    model = model or Net()
-    example = ((torch.stack([micro_batch(9, 9)[0][0]] * 2),), {})
-    quantizer.attach(Context(Config(), model, Projection(model), Coupling(), NUM_MICRO, 10, 5.0, example))
+    model, example = model or Net(), micro_batch(9, 9)[0][:2] if example is None else example
+    quantizer.attach(
+        Context(
+            Config(), model, Projection(model), Coupling(), NUM_MICRO, 10, 5.0, ((example,), {}),
+            evaluate=lambda num_samples: {},  # once it is sharded another one
+        )
+    )  # fmt: skip
+    if weights is not None:
+        model.load_state_dict(weights)
     return Parts(quantizer, kind)
 
 

@@ -90,7 +90,7 @@ class Dorefa(FakeQuantize):
             return None
         bounded = weight.tanh()
         at_most = bounded.abs() == self.spread(self.most, weight.shape)
-        return torch.stack([self.block_sums(grad.double() * bounded), self.block_sums(at_most)])
+        return torch.stack([self.block_sums(grad * bounded), self.block_sums(at_most)])
 
     @torch.no_grad()
     def weight_gradient(self, weight: torch.Tensor, grad: torch.Tensor, sums: torch.Tensor | None) -> torch.Tensor:
