@@ -71,6 +71,8 @@ def rounds(
         if rescaling.views:
             yield rescaling
             rescaling.finish()
+        else:
+            rescaling.close()
     if solved:
         solving = Solving(context, solved, graph.sources)
         yield solving

@@ -54,6 +54,14 @@ def test_layers_without_a_fold_are_named():
     assert quantizer.notes() == ["awq: no exact fold into what comes before, so not rescaled: q, k, v, o"]
 
 
+def test_nothing_goes_on_listening_where_nothing_can_be_rescaled():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))
+    quantizer = attached(model, method="awq", config_list=LINEAR)
+    hooks = len(model._forward_pre_hooks), len(model[0]._forward_pre_hooks)
+    assert not list(quantizer.rounds())
+    assert (len(model._forward_pre_hooks), len(model[0]._forward_pre_hooks)) == hooks
+
+
 def test_what_only_some_readers_are_quantized_by():
     """The others are rescaled all the same, or the model would change."""
     model, before = Block(), Block()
