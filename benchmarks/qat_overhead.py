@@ -63,11 +63,11 @@ def ours(model: nn.Module, x: torch.Tensor, y: torch.Tensor, defaults: dict[str,
     [quantizer] = quantization.build(config)
     assert isinstance(quantizer, quantization.Quantizer)
     quantizer.attach(Context(config, model, projection, Coupling(), 1, 10**6, 1e6, ((x[:2],), {})))
-    quantizer.calibrating = True
+    quantizer.observed.calibrating = True
     model.eval()(x)
-    quantizer.count_pass()
-    quantizer.end_step()
-    quantizer.calibrating = False
+    quantizer.observed.count_pass()
+    quantizer.observed.end_step()
+    quantizer.observed.calibrating = False
     quantizer.begin()
     model.train()
     projection.project()

@@ -107,13 +107,13 @@ def quantized(model: nn.Module, batches: list[Any], **config: Any) -> Quantizer:
     quantizer = Quantizer(Config(quantization=QuantizationConfig(method="ptq", **config)))
     args, kwargs = batches[0]
     quantizer.attach(Context(Config(), model, Projection(model), Coupling(), 1, 1, 1.0, (args, kwargs)))
-    quantizer.calibrating = True
+    quantizer.observed.calibrating = True
     with torch.no_grad():
         for args, kwargs in batches:
             model(*args, **kwargs)
-            quantizer.count_pass()
-            quantizer.end_step()
-    quantizer.calibrating = False
+            quantizer.observed.count_pass()
+            quantizer.observed.end_step()
+    quantizer.observed.calibrating = False
     quantizer.begin()
     quantizer.fold()
     round_biases(model)

@@ -19,7 +19,6 @@ Scales are the same on every rank, whatever their number.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,12 +31,12 @@ from dist_compress.duration import duration
 from dist_compress.fingerprint import weights_fingerprint
 from dist_compress.method import Context, Listener, Method, Tensors
 from dist_compress.quantization import agreement, checks, preparing
+from dist_compress.quantization.activations import Activations
 from dist_compress.quantization.config_list import resolve, spec_of
 from dist_compress.quantization.deploy import install, name_of, round_biases
 from dist_compress.quantization.fake_quant import FakeQuantize, Spec
 from dist_compress.quantization.granularity import mixed
 from dist_compress.quantization.mixed import Mixed
-from dist_compress.quantization.observer import reduce
 from dist_compress.quantization.shrinking import Shrink, Transform, follow, sites_of
 from dist_compress.quantization.table import Row, table
 from dist_compress.quantization.targets import collect
@@ -61,7 +60,7 @@ class Quantizer(Method):
 
     def __init__(self, config: Config) -> None:
         self.config = config.quantization
-        self.calibrating = self.begun = False
+        self.begun = False
         self.rows: list[Row] = []
         self.said: list[str] = []  # by methods that changed weights
         self.difference: float | None = None  # of the quantized model, masked and shrunk
@@ -81,7 +80,7 @@ class Quantizer(Method):
         self.activations, self.parameters = found.activations, found.parameters
         if context.config.speedup.enabled:
             checks.blocks(self.parameters, context.coupling, context.config.speedup.round_to)
-        self.weights = Weights(context, self.parameters, found.fused)
+        self.observed, self.weights = Activations(found.activations), Weights(context, found.parameters, found.fused)
         self.mixed = Mixed(self.config.mixed, self.settings, self.parameters, context, self.reduced)
         self._install()
         self.freeze = duration(self.config.freeze, "quantization.freeze", context.total_steps, context.steps_per_epoch)
@@ -117,30 +116,15 @@ class Quantizer(Method):
         known = self.graph, self.weights.folds, self.said
         for listener in preparing.rounds(self.context, self._all().values(), *known):
             yield listener, self.config.calibration_steps
-        if any(q.observer is not None for q in self.activations.values()):
-            yield self, self.config.calibration_steps
+        if self.observed.observers():
+            yield self.observed, self.config.calibration_steps
 
     def _begin_pass(self, model: nn.Module, args: Any) -> None:
-        """A forward pass begins: what an evaluation or a dummy round left behind is dropped."""
-        hearing = self.calibrating or (self.begun and model.training and self.step < self.freeze)
-        for quantizer in self.activations.values():
-            quantizer.hearing = hearing
-            quantizer.measured.clear()
-        if self.begun and model.training and self.step >= self.freeze:
+        trained = self.begun and model.training
+        self.observed.begin_pass(trained and self.step < self.freeze)
+        if trained and self.step >= self.freeze:
             for norm in self.norms:
                 norm.training = False
-
-    def count_pass(self) -> None:
-        """The forward pass belongs to a live micro-batch: it counts. Local."""
-        for quantizer in self.activations.values():
-            for measured in quantizer.measured:
-                assert quantizer.observer is not None
-                quantizer.observer.fold(measured)
-            quantizer.measured.clear()
-
-    def end_step(self) -> None:
-        """All micro-batches of the step were counted. Collective: two collectives, or none without observers."""
-        reduce([q.observer for q in self.activations.values() if q.observer is not None])
 
     def start(self) -> list[str]:
         """Calibrate and begin. Collective. Raises UserError."""
@@ -158,9 +142,7 @@ class Quantizer(Method):
         projection = self.context.projection
         checks.binary_whole(self.parameters, projection)
         projection.project()  # with the masks: what they remove has no part in a range
-        for path, quantizer in self.activations.items():
-            checks.observed(path, quantizer.observer)
-            quantizer.begin()
+        self.observed.begin()
         self.weights.look_at_norms()
         with projection.lifted():
             self.said += self.mixed.choose(self.weights)
@@ -177,40 +159,20 @@ class Quantizer(Method):
 
     def after_backward(self, step: int, micro: int) -> None:
         if self.begun:
-            self.count_pass()
+            self.observed.count_pass()
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
-        if not self.begun:
-            return
-        for quantizer in self.activations.values():
-            quantizer.before_step()
-        self.weights.gradients()
+        if self.begun:
+            self.observed.before_step()
+            self.weights.gradients()
 
     def after_step(self, step: int) -> None:
-        """Ranges of the step become those of the next. Collective, on the steps that are observed."""
+        """Ranges of the step become those of the next. Collective."""
         self.step = step + 1
-        if self.begun and step < self.freeze:
-            self.end_step()
-            for quantizer in self.activations.values():
-                if quantizer.observer is not None:
-                    quantizer.follow()
-        for path, quantizer in self._all().items() if self.begun else ():
-            latent = self.context.projection.latent(path) if path in self.parameters else None
-            quantizer.stepped(latent)
         if self.begun:
-            self.weights.follow()
-
-    @contextmanager
-    def float_activations(self) -> Iterator[None]:
-        """Inside, only parameters are quantized: what is left is linear between norms, and can be compared."""
-        for quantizer in self.activations.values():
-            quantizer.enabled = False
-        try:
-            yield
-        finally:
-            for quantizer in self.activations.values():
-                quantizer.enabled = True
+            self.observed.stepped(step < self.freeze)
+            self.weights.stepped()
 
     def measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Fill the table of tensors from one call of the model, before `fold`. Local, the same on every rank."""
@@ -222,7 +184,7 @@ class Quantizer(Method):
         if self.begun:
             projection.project()
             rest = self.context.rest if self.weights.places.sharded else None
-            self.agreement = agreement.ask(model, self._example(), self.float_activations, rest)
+            self.agreement = agreement.ask(model, self._example(), self.observed.floating, rest)
         with projection.lifted():
             self.weights.take_off()
         projection.project()
@@ -272,7 +234,7 @@ class Quantizer(Method):
         """Fold norms for good: the model that is left must be the one that was simulated. Then round the biases."""
         model, call = self.context.model, (args, kwargs)
         self.measure(args, kwargs)
-        with self.float_activations():
+        with self.observed.floating():
             simulated = agreement.answer(model, call)
             self.fold()
             difference = agreement.folded_difference(simulated, agreement.answer(model, call))
@@ -300,8 +262,7 @@ class Quantizer(Method):
         return [*overrides(self.settings), *self.said, *bits, *checks.cut_off(self._all())]
 
     def metrics(self) -> dict[str, float]:
-        bad = sum(int(q.observer.counts[1]) for q in self.activations.values() if q.observer is not None)
-        return {"quantization/num_not_finite": float(bad)}
+        return {"quantization/num_not_finite": float(self.observed.num_not_finite())}
 
     def undecayed(self) -> list[str]:
         """Learned scales: nothing but the loss may pull them."""
@@ -322,8 +283,7 @@ class Quantizer(Method):
     def state_dict(self) -> dict[str, Any]:
         """Collective. Scales are in the state of the model; here is what they follow."""
         comm.check_equal("quantization scales", self.fingerprint(), self.step)
-        observed = {path: q.observer.state_dict() for path, q in self.activations.items() if q.observer is not None}
-        observed = observed if self.begun else {}
+        observed = self.observed.state_dict() if self.begun else {}
         own = {"begun": self.begun, "step": self.step, "difference": self.difference, "mixed": self.mixed.rows}
         return {**own, "observers": observed}
 
@@ -333,10 +293,6 @@ class Quantizer(Method):
             return
         self.mixed.rows = state["mixed"]
         self.mixed.apply()
-        for path, quantizer in self.activations.items():
-            if path in state["observers"] and quantizer.observer is not None:
-                quantizer.observer.load_state_dict(state["observers"][path])
-            else:
-                quantizer.observer = None  # its scale is learned
+        self.observed.load_state_dict(state["observers"])
         self.weights.follow()
         self._put_on()

@@ -88,6 +88,12 @@ class Weights:
                 quantizer.fit(self.whole(path))
         self.follow()
 
+    def stepped(self) -> None:
+        """The optimizer has made a step. Collective, as `follow` is."""
+        for path, quantizer in self.quantizers.items():
+            quantizer.stepped(self.projection.latent(path))
+        self.follow()
+
     @torch.no_grad()
     def follow(self) -> None:
         """The weights have changed: take anew what follows them. Collective: one for the norms, one MAX and one SUM for

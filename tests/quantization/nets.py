@@ -62,7 +62,7 @@ def calibrated(model: nn.Module, example: Any = EXAMPLE, steps: int = 2, **confi
     """After `steps` steps of calibration on random batches like the example (else on it), on this rank alone."""
     quantizer = attached(model, example, **config)
     generator = torch.Generator().manual_seed(7)
-    quantizer.calibrating = True
+    quantizer.observed.calibrating = True
     model.eval()
     with torch.no_grad():
         for _ in range(steps):
@@ -72,8 +72,8 @@ def calibrated(model: nn.Module, example: Any = EXAMPLE, steps: int = 2, **confi
                 model(example)
             else:
                 model(torch.randn(4, *example.shape[1:], generator=generator))
-            quantizer.count_pass()
-            quantizer.end_step()
-    quantizer.calibrating = False
+            quantizer.observed.count_pass()
+            quantizer.observed.end_step()
+    quantizer.observed.calibrating = False
     quantizer.begin()
     return quantizer

@@ -120,16 +120,16 @@ def bad_data(kind: str) -> str:
     """Calibration data of rank 1 that is broken, or of nobody that is there."""
     model = net()
     quantizer = attached(model, method="qat")
-    quantizer.calibrating = True
+    quantizer.observed.calibrating = True
     x = torch.randn(4, 3, 8, 8)
     if comm.rank() == 1:
         x[0, 0, 0, 0] = float(kind) if kind in ("nan", "inf") else 0.0
     with torch.no_grad():
         if kind != "none":
             model.eval()(x)
-            quantizer.count_pass()
-        quantizer.end_step()
-    quantizer.calibrating = False
+            quantizer.observed.count_pass()
+        quantizer.observed.end_step()
+    quantizer.observed.calibrating = False
     try:
         quantizer.begin()
     except UserError as error:

@@ -49,12 +49,12 @@ def quantized(x: torch.Tensor, levels: int = 255) -> torch.Tensor:
 def calibrated_on(model: nn.Module, x: torch.Tensor, *entries: dict) -> nn.Module:
     """Calibrated on nothing but `x`, with min and max."""
     quantizer = attached(model, x, method="ptq", options={"observer": "min_max"}, config_list=list(entries))
-    quantizer.calibrating = True
+    quantizer.observed.calibrating = True
     with torch.no_grad():
         model.eval()(x)
-    quantizer.count_pass()
-    quantizer.end_step()
-    quantizer.calibrating = False
+    quantizer.observed.count_pass()
+    quantizer.observed.end_step()
+    quantizer.observed.calibrating = False
     quantizer.begin()
     return model
 
@@ -139,18 +139,18 @@ def marks() -> list[str]:
     """Fingerprints of the scales through calibration and two steps of training."""
     quantizer = attached(net(), method="qat", config_list=[LAYERS, ADD])
     model, found = quantizer.context.model, []
-    quantizer.calibrating = True
+    quantizer.observed.calibrating = True
     for step in range(4):
         model.train(step > 1)
         for norm in (model.bn1, model.bn2):
             norm.momentum = 0.0
         for j in range(comm.rank(), 6, comm.world_size()):
             model(EXAMPLE * (1 + j + step))
-            quantizer.count_pass() if step < 2 else quantizer.after_backward(step, j)
+            quantizer.observed.count_pass() if step < 2 else quantizer.after_backward(step, j)
         if step < 2:
-            quantizer.end_step()
+            quantizer.observed.end_step()
         if step == 1:
-            quantizer.calibrating = False
+            quantizer.observed.calibrating = False
             quantizer.begin()
         if step > 1:
             quantizer.after_step(step)

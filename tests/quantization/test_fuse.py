@@ -101,7 +101,7 @@ def test_the_folded_net_is_the_simulated_one():
     model = net()
     quantizer = calibrated(model, method="qat")
     x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(4))
-    with torch.no_grad(), quantizer.float_activations():
+    with torch.no_grad(), quantizer.observed.floating():
         simulated = model(x)
         quantizer.fold()
         torch.testing.assert_close(model(x), simulated, atol=1e-5, rtol=1e-5)

@@ -45,14 +45,14 @@ def trained(quantizer: Quantizer, steps: range) -> list[str]:
 
 def whole(method: str) -> tuple[list[str], dict[str, int]]:
     quantizer = attached(net(), num_micro=MICROS, method=method)
-    quantizer.calibrating = True
+    quantizer.observed.calibrating = True
     with torch.no_grad():
         for step in range(2):
             for j in range(comm.rank(), MICROS, comm.world_size()):
                 quantizer.context.model.eval()(micro(step, j))
-                quantizer.count_pass()
-            quantizer.end_step()
-    quantizer.calibrating = False
+                quantizer.observed.count_pass()
+            quantizer.observed.end_step()
+    quantizer.observed.calibrating = False
     quantizer.begin()
     comm.calls.clear()
     marks = [quantizer.fingerprint(), *trained(quantizer, range(3))]
@@ -85,7 +85,7 @@ def test_a_resumed_quantizer_goes_on_with_the_same_bits():
 
 def nothing_seen() -> str:
     quantizer = attached(net(), method="qat")
-    quantizer.end_step()
+    quantizer.observed.end_step()
     try:
         quantizer.begin()
     except UserError as error:
@@ -95,14 +95,14 @@ def nothing_seen() -> str:
 
 def not_a_number() -> str:
     quantizer = attached(net(), method="qat")
-    quantizer.calibrating = True
+    quantizer.observed.calibrating = True
     with torch.no_grad():
         x = micro(0, comm.rank())
         if comm.rank() == 0:
             x[0, 0, 0, 0] = float("nan")
         quantizer.context.model.eval()(x)
-        quantizer.count_pass()
-        quantizer.end_step()
+        quantizer.observed.count_pass()
+        quantizer.observed.end_step()
     try:
         quantizer.begin()
     except UserError as error:

@@ -57,4 +57,4 @@ def test_activations_are_refused(entry, said):
 def test_activations_may_have_a_method_of_their_own():
     entry = {"op_types": ["Linear"], "target_settings": {"_input_0": {"method": "ptq"}, "weight": {}}}
     quantizer = attached(net(), method="round_to_nearest", config_list=[entry])
-    assert list(quantizer.activations) == ["linear._input_0"] and list(quantizer.rounds()) == [(quantizer, 8)]
+    assert list(quantizer.activations) == ["linear._input_0"] and list(quantizer.rounds()) == [(quantizer.observed, 8)]
