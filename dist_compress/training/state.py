@@ -131,8 +131,9 @@ def resharded(state: State, before: Parts, transform: Transform, layout: Layout)
             if not is_moment(value):
                 out[name][key] = value
                 continue
-            sliced = transform({name: join(value, before.holdings[name], before.shapes[name])})[name]
-            out[name][key] = layout.part(name, sliced).clone()
+            if name in before.holdings:  # else of a method that was out of the model then: whole on every rank
+                value = join(value, before.holdings[name], before.shapes[name])
+            out[name][key] = layout.part(name, transform({name: value})[name]).clone()
     return out
 
 
