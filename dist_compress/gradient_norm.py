@@ -19,12 +19,12 @@ def total_norm(layout: Layout, names: Sequence[str], grads: Mapping[str, torch.T
     where a gradient is not finite.
     """
     device = comm.device()
-    own = {name: grad for name, grad in grads.items() if grad.numel() and _counts(layout, name)}
+    sharded = not all(layout.is_whole(name) for name in names)
+    own = {name: grad for name, grad in grads.items() if grad.numel() and (not sharded or _counts(layout, name))}
     largest = torch.zeros(len(names), dtype=torch.float64, device=device)
     for i, name in enumerate(names):
         if name in own:
             largest[i] = own[name].detach().abs().max().double().nan_to_num(nan=math.inf)
-    sharded = not all(layout.is_whole(name) for name in names)
     if sharded:
         comm.all_reduce(largest, "max")
     if not bool(largest.isfinite().all()):
@@ -43,8 +43,6 @@ def total_norm(layout: Layout, names: Sequence[str], grads: Mapping[str, torch.T
 
 
 def _counts(layout: Layout, name: str) -> bool:
-    """Whether this rank is the first of those that hold the same elements; where all hold all, each counts its own."""
-    if layout.is_whole(name):
-        return True
+    """Whether this rank is the first of those that hold the same elements."""
     own = list(layout.runs(name, comm.rank()))
     return next(r for r in range(comm.world_size()) if list(layout.runs(name, r)) == own) == comm.rank()

@@ -133,7 +133,7 @@ class Job:
         context = Context(
             self.config, self.model, self.projection, self.coupling,
             length.num_micro, length.total_steps, length.steps_per_epoch, self.example, costs, self.measure,
-            lambda listener, num_steps: calibrate(self.trainer, listener, num_steps),
+            lambda listener, num_steps: calibrate(self.trainer, listener, num_steps), self.backend.rest,
         )  # fmt: skip
         for method in self.methods:
             method.attach(context)
@@ -192,9 +192,10 @@ class Job:
         return metrics
 
     def _check_replicas(self) -> None:
-        """Of all that every rank holds whole: the model, or the buffers of a sharded one."""
-        own = self.model.named_buffers() if self.backend.sharded else self.model.state_dict().items()
-        marks = tensor_fingerprints(dict(own))
+        """Of all that every rank holds whole: the model, or what is not sharded of it."""
+        layout = self.backend.layout
+        parts = {name for name, _ in self.model.named_parameters() if not layout.is_whole(name)}
+        marks = tensor_fingerprints({n: t for n, t in self.model.state_dict().items() if n not in parts})
         try:
             comm.check_equal("fingerprint of the weights", fingerprint_of(marks), self.trainer.step)
         except RuntimeError:

@@ -10,7 +10,7 @@ from dist_compress.backends.backend import Backend
 from dist_compress.config import Config, merge
 from dist_compress.errors import UserError
 
-_ROOMS = ("backend", "unsharding")  # files that are no backends
+_ROOMS = ("backend", "ordered", "unsharding")  # files that are no backends
 
 
 def build(config: Config) -> tuple[Config, Backend]:

@@ -11,7 +11,7 @@ package asks it, and is blind to the backend.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -45,9 +45,10 @@ class Backend:
     def check(self, model: nn.Module) -> None:
         """Raise UserError for a model that this backend cannot train. Local, the same on every rank."""
 
-    def wrap(self, model: nn.Module, source: Source | None = None) -> nn.Module:
+    def wrap(self, model: nn.Module, source: Source | None = None, whole: Collection[str] = ()) -> nn.Module:
         """The module to call in training. Collective: afterwards every rank holds its part of rank 0's weights, and
-        rank 0's buffers. `source`: where weights come from if the parameters of `model` are on the meta device."""
+        rank 0's buffers. `source`: where weights come from if the parameters of `model` are on the meta device.
+        `whole`: names of the parameters that stay whole on every rank."""
         self.model, self.layout = model, Layout(model)
         return model
 

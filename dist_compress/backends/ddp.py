@@ -11,6 +11,7 @@ momentum moves it, as on one process without any of this.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_compress import comm
 from dist_compress.backends.backend import Backend, Source
+from dist_compress.backends.ordered import OrderedGradients
 from dist_compress.layout import Layout
 
 
@@ -29,11 +31,10 @@ class Options:
 
 
 class Ddp(Backend):
-    def wrap(self, model: nn.Module, source: Source | None = None) -> nn.Module:
+    def wrap(self, model: nn.Module, source: Source | None = None, whole: Collection[str] = ()) -> nn.Module:
         self.model, self.layout = model, Layout(model)
         self.ddp: DistributedDataParallel | None = None
-        self.total: comm.OrderedSum | None = None
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.ordered = OrderedGradients([p for p in model.parameters() if p.requires_grad], self.num_micro)
         spread(model)
         if self.exact or not comm.is_initialized():
             return model
@@ -49,34 +50,15 @@ class Ddp(Backend):
 
     def backward(self, loss: torch.Tensor, round: int, last: bool) -> None:
         loss.backward()
-        if not self.exact:
-            return
-        reached = torch.tensor([p.grad is not None for p in self.parameters], device=loss.device)
-        row = torch.cat([*(self._take_grad(p) for p in self.parameters), reached.float()])
-        if round == 0:
-            self.total = comm.OrderedSum(len(row), row.device)
-        assert self.total is not None
-        num_live = min(comm.world_size(), self.num_micro - round * comm.world_size())
-        self.total.add(row[None], num_live)
+        if self.exact:
+            self.ordered.take(round)
 
-    @torch.no_grad()
     def finish_gradients(self) -> None:
-        if not self.exact:
-            return
-        assert self.total is not None
-        *total, reached = self.total.total().split([*(p.numel() for p in self.parameters), len(self.parameters)])
-        for parameter, grad, count in zip(self.parameters, total, reached.tolist(), strict=True):
-            parameter.grad = grad.view_as(parameter).to(parameter.dtype) if count else None
-        self.total = None
+        if self.exact:
+            self.ordered.finish()
 
     def release(self) -> None:
         self.ddp = None
-
-    @staticmethod
-    def _take_grad(parameter: nn.Parameter) -> torch.Tensor:
-        """The flat float32 gradient of this micro-batch, zeros where it did not reach the parameter."""
-        grad, parameter.grad = parameter.grad, None
-        return torch.zeros_like(parameter).flatten().float() if grad is None else grad.flatten().float()
 
 
 @torch.no_grad()

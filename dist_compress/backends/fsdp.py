@@ -13,7 +13,7 @@ On one rank there is nothing to shard: that of data parallel is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from dist_compress import comm
 from dist_compress.backends.backend import Source
 from dist_compress.backends.ddp import Ddp, spread
+from dist_compress.backends.ordered import OrderedGradients
 from dist_compress.backends.unsharding import Snapshot
 from dist_compress.config import Config
 from dist_compress.errors import UserError
@@ -83,9 +84,9 @@ class Fsdp(Ddp):
                 f"backend.wrap: no module of the model is a {unknown[0]!r}. There are {', '.join(sorted(types))}."
             )
 
-    def wrap(self, model: nn.Module, source: Source | None = None) -> nn.Module:
+    def wrap(self, model: nn.Module, source: Source | None = None, whole: Collection[str] = ()) -> nn.Module:
         if not self.sharded:
-            return super().wrap(model, source)
+            return super().wrap(model, source, whole)
         self.check(model)
         self.model = model
         if source is None:
@@ -95,12 +96,14 @@ class Fsdp(Ddp):
         mesh = init_device_mesh(comm.device().type, shape, mesh_dim_names=names)
         dtype = DTYPES[self.options.param_dtype]
         policy = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(dtype, torch.float32)
+        kept = dict.fromkeys(model.get_parameter(name) for name in whole)
+        self.ordered = OrderedGradients([p for p in kept if p.requires_grad], self.num_micro)
         how: dict[str, Any] = {"reshard_after_forward": self.options.reshard_after_forward, "mp_policy": policy}
         self.snapshots = []
         for unit in units(model, self.options):
-            snapshot = Snapshot(unit, model)
+            snapshot = Snapshot(unit, model, kept)
             snapshot.fill(source)
-            fully_shard(unit, mesh=mesh, **how)
+            fully_shard(unit, mesh=mesh, ignored_params=set(kept), **how)
             snapshot.taken()
             self.snapshots.append(snapshot)
         self.sums = {}
@@ -111,7 +114,7 @@ class Fsdp(Ddp):
                 self.sums[module] = _ExactSum()
                 module.set_custom_reduce_scatter(self.sums[module])  # type: ignore[arg-type]
         self.layout = Layout(model)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = [p for p in model.parameters() if p.requires_grad and p not in kept]
         return model
 
     def release(self) -> None:
@@ -142,10 +145,13 @@ class Fsdp(Ddp):
         for parameter, grad in zip(self.parameters if self.exact else (), before, strict=True):
             if parameter.grad is None:
                 parameter.grad = grad
+        self.ordered.take(round)
         self.rest()
 
     def finish_gradients(self) -> None:
-        if not self.sharded:
+        if self.sharded:
+            self.ordered.finish()
+        else:
             super().finish_gradients()
 
     def _units(self) -> Iterator[FSDPModule]:

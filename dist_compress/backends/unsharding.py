@@ -6,6 +6,7 @@ attributes of others stay.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -25,12 +26,15 @@ _HOOKS = (
 class Snapshot:
     """A unit before it is sharded. Everything is local but `fill`."""
 
-    def __init__(self, unit: nn.Module, model: nn.Module) -> None:
+    def __init__(self, unit: nn.Module, model: nn.Module, kept: Collection[nn.Parameter] = ()) -> None:
+        """`kept`: parameters that are not sharded."""
         self.unit, self.classes = unit, {module: type(module) for module in unit.modules()}
         self.before = {module: set(vars(module)) for module in unit.modules()}
         names = {parameter: name for name, parameter in model.named_parameters()}
         self.places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}  # all under which a parameter is known
-        own = {p for p in unit.parameters() if not hasattr(p, "placements")}  # not in a unit inside this one
+        own = {
+            p for p in unit.parameters() if not hasattr(p, "placements") and p not in kept
+        }  # not in a unit inside this one
         for module in model.modules():
             for key, parameter in module._parameters.items():
                 if parameter is not None and parameter in own:

@@ -58,7 +58,7 @@ class Trainer:
         self._build()
 
     def _build(self, source: Source | None = None) -> None:
-        self.module = self.backend.wrap(self.model, source)
+        self.module = self.backend.wrap(self.model, source, [n for m in self.methods for n in m.unsharded()])
         self.projection.layout = self.backend.layout
         self.names = optim.trained(self.model)
         self.optimizer = optim.build(self.config.optim, self.names, [n for m in self.methods for n in m.undecayed()])

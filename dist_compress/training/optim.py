@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from dist_compress.config import OptimConfig
 from dist_compress.errors import UserError
@@ -47,13 +48,15 @@ def build(config: OptimConfig, names: Names, undecayed: Collection[str] = ()) ->
         kwargs["weight_decay"] = config.weight_decay
     elif config.weight_decay:
         raise UserError(f"optim.weight_decay={config.weight_decay}: {config.name} has none. Set it to 0.")
-    groups: list[dict[str, Any]] = [{"params": [p for p, name in names.items() if name not in undecayed]}]
-    if config.weight_decay and len(groups[0]["params"]) < len(names):
-        groups.append({"params": [p for p, name in names.items() if name in undecayed], "weight_decay": 0.0})
-    else:
-        groups = [{"params": list(names)}]
+    groups: dict[Any, dict[str, Any]] = {}
+    for parameter, name in names.items():  # sharded and whole ones apart: an optimizer steps a group as one
+        decayed = not config.weight_decay or name not in undecayed
+        group = groups.setdefault((isinstance(parameter, DTensor), decayed), {"params": []})
+        group["params"].append(parameter)
+        if not decayed:
+            group["weight_decay"] = 0.0
     try:
-        return optimizers[config.name](groups, **kwargs)
+        return optimizers[config.name](list(groups.values()), **kwargs)
     except (ValueError, TypeError) as error:
         raise UserError(f"optim ({config.name}, {kwargs}): {error}") from None
 
