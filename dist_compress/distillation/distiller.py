@@ -28,6 +28,7 @@ from dist_compress.distillation.translators import Translators
 from dist_compress.duration import duration
 from dist_compress.errors import UserError
 from dist_compress.method import Context, Method, Tensors
+from dist_compress.parts import Parts
 from dist_compress.sites import Sites
 from dist_compress.tracing.untouched import untouched
 
@@ -113,11 +114,15 @@ class Distiller(Method):
         return step
 
     def start(self) -> list[str]:
-        """Let the teacher be the student as it is, beneath masks and quantizers. Local, the same on every rank."""
+        """Let the teacher be the student as it is, beneath masks and quantizers. Collective if the student is sharded,
+        one parameter after the other."""
         assert self.teacher.model is not None
-        with self.context.projection.lifted():
-            here = self.context.model.state_dict()
-            self.teacher.model.load_state_dict({name: here[name] for name in self.teacher.model.state_dict()})
+        layout, here = self.context.projection.layout, self.context.model.state_dict()
+        with self.context.projection.lifted(), torch.no_grad():
+            own = {name: layout.local(name) for name, _ in self.context.model.named_parameters()}
+            parts = Parts.of(layout, own)
+            for name, value in self.teacher.model.state_dict().items():
+                value.copy_(parts.whole(name) if name in own else here[name])
         self.teaches = True
         return ["the student as it is now is the teacher from here on"]
 
