@@ -135,8 +135,9 @@ class PruningConfig:
 
 @dataclass
 class TeacherConfig:
-    # online: each rank runs the teacher on its own samples | store: its answers are on disk | self: as online, the
-    mode: str = "online"  # teacher is the student as it is at `start`
+    # online: each rank runs the teacher on its own samples | vocab: so, but for the output layers, whose rows are split
+    # over the ranks | store: its answers are on disk | self: as online, the teacher is the student as it is at `start`
+    mode: str = "online"
     start: float | str = 0.5  # a duration, for mode=self; the task's loss counts whole until then
     store: str | None = None  # folder of a teacher store, for mode=store
     model: ModelConfig = field(default_factory=ModelConfig)  # with its weights
@@ -259,7 +260,7 @@ _CHOICES = {
     "train.precision": ("fp32", "bf16"),
     "optim.schedule": ("constant", "cosine", "step"),
     "pruning.compute": ("channels", "params", "macs", "latency"),
-    "distillation.teacher.mode": ("online", "store", "self"),
+    "distillation.teacher.mode": ("online", "vocab", "store", "self"),
     "distillation.store.encoding": ("auto", "dense_fp16", "topk_u8", "topk_fp16"),
     "distillation.teacher.precision": ("fp32", "bf16", "fp16"),
     "distillation.weight_ramp.name": ("linear", "cosine"),

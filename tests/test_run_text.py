@@ -74,3 +74,15 @@ def test_pruned_with_a_teacher(ranks: Any, tmp_path: Path, material: Path, name:
         other = ranks(n, whole_run, name, str(material), str(tmp_path / str(n)))[0]
         for key in ("fingerprint/plan", "fingerprint/masks", "fingerprint/weights", "loss/masked", "loss/after"):
             assert other[key] == one[key], (n, key)
+
+
+def test_pruned_with_a_vocabulary_split_over_the_ranks(ranks: Any, tmp_path: Path, material: Path):
+    """And hidden states beside it; what is cut and what is learned is as with whole output layers."""
+    hidden = "distillation.config_list=[{op_names_re: ['model.layers.[0-9]+'], method: fitnets}]"
+    more = ["train.exact=false", "pruning.method=l2_norm", "pruning.schedule.start=0", hidden]
+    online = ranks(1, whole_run, "llama", str(material), str(tmp_path / "online"), *more)[0]
+    more.append("distillation.teacher.mode=vocab")
+    split = ranks(2, whole_run, "llama", str(material), str(tmp_path / "vocab"), *more)[0]
+    for key in ("loss/masked", "loss/shrunk", "loss/after"):
+        assert split[key] == pytest.approx(online[key], rel=1e-4), key
+    assert split["macs/after"] == online["macs/after"] and split["verify/max_rel_diff"] <= 1e-5

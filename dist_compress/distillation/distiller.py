@@ -18,6 +18,7 @@ from dist_compress import comm
 from dist_compress.calling import Headless
 from dist_compress.config import Config
 from dist_compress.config_list import overrides
+from dist_compress.distillation import vocabulary
 from dist_compress.distillation.layerwise import LOST, LayerTerm, matching
 from dist_compress.distillation.ramp import Ramp
 from dist_compress.distillation.stored import StoreTeacher
@@ -41,6 +42,9 @@ def build(config: Config, split: Any, teacher_model: Callable[[], nn.Module]) ->
     UserError."""
     if not wanted(config.distillation):
         return []
+    if config.distillation.teacher.mode == "vocab":
+        name = config.distillation.method
+        vocabulary.check(config, getattr(term_class(name, ROOT) if name else Term, "fuses", False))
     if config.distillation.teacher.mode == "store":
         return [Distiller(config, StoreTeacher(config, split))]
     return [Distiller(config, OnlineTeacher(teacher_model(), config.distillation.teacher.precision))]

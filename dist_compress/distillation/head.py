@@ -46,8 +46,8 @@ def head_loss(
     chunk_tokens: int | None = None,
     sharded: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight * divergence + label_weight * cross-entropy, summed over the valid tokens; float [2], both sums alone,
-    without gradient).
+    """(weight * divergence + label_weight * cross-entropy, summed over the valid tokens; float [T, 2], both alone for
+    each token, 0 where it does not count, without gradient).
 
     `hidden`: [T, H], `teacher_hidden`: [T, H of the teacher]; the vocabularies are equal. `labels`: int64 [T]. `valid`:
     bool [T], None: all. `chunk_tokens`: None: as many as CHUNK_ELEMENTS hold. Local; collective when `sharded`, which
@@ -86,7 +86,7 @@ class _Labels(torch.autograd.Function):
             logits = head.logits(hidden[chunk])
             sums[1] += (logits.argmax(1) == labels[chunk]).sum()
             grad = torch.zeros_like(logits, dtype=sums.dtype)
-            sums[0] += _add_cross_entropy(logits, labels[chunk], 1.0, grad)
+            sums[0] += _add_cross_entropy(logits, labels[chunk], 1.0, grad).sum()
             if wanted:
                 _add_gradients(hidden, weight, chunk, grad, grad_hidden, grad_weight, grad_bias)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -107,24 +107,23 @@ class _Head(torch.autograd.Function):
         weights: tuple[float, float], labels: Any, valid: Any, size: int, sharded: bool,
     ) -> Any:  # fmt: skip
         head, reduce = Head(weight, bias), reduction(sharded)
-        sums = torch.zeros(2, dtype=_sum_dtype(hidden), device=hidden.device)
+        parts = torch.zeros(len(hidden), 2, dtype=_sum_dtype(hidden), device=hidden.device)
         grad_hidden, grad_weight, grad_bias = _no_gradients(hidden, weight, bias)
         tokens = torch.arange(len(hidden), device=hidden.device) if valid is None else valid.nonzero()[:, 0]
         for chunk in tokens.split(size):
             logits = head.logits(hidden[chunk])
             loss, grad = loss_and_grad(logits, teacher_head.logits(teacher_hidden[chunk]), how, reduce)
-            sums[0] += loss.sum()
+            parts[chunk, 0] = loss
             grad.mul_(weights[0])
             if labels is not None:
-                sums[1] += _add_cross_entropy(logits, labels[chunk], weights[1], grad)
+                parts[chunk, 1] = _add_cross_entropy(logits, labels[chunk], weights[1], grad)
             _add_gradients(hidden, weight, chunk, grad, grad_hidden, grad_weight, grad_bias)
         if sharded:
             comm.all_reduce(grad_hidden)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtype = weight.dtype
-        total = weights[0] * sums[0] + (weights[1] * sums[1] if labels is not None else 0)
-        ctx.mark_non_differentiable(sums)
-        return total, sums
+        ctx.mark_non_differentiable(parts)
+        return parts.sum(0) @ parts.new_tensor(weights), parts
 
     @staticmethod
     def backward(ctx: Any, *ups: Any) -> Any:
@@ -171,10 +170,10 @@ def _add_product(total: torch.Tensor, grad: torch.Tensor, inputs: torch.Tensor) 
 
 
 def _add_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weight: float, grad: torch.Tensor) -> torch.Tensor:
-    """The sum of the cross-entropies; weight times its gradient is added to `grad`. Overwrites float32 logits."""
+    """Cross-entropies [t]; weight times their gradient is added to `grad`. Overwrites float32 logits."""
     values = logits.to(grad.dtype)
     log_sum = values.logsumexp(1)
     picked = values.gather(1, labels[:, None])[:, 0]
     grad.add_(values.sub_(log_sum[:, None]).exp_(), alpha=weight)
     grad[torch.arange(len(labels), device=labels.device), labels] -= weight
-    return (log_sum - picked).sum()
+    return log_sum - picked

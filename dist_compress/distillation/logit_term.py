@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from dist_compress.calling import IGNORED, logits
+from dist_compress.calling import IGNORED, Headless, call, call_headless, logits
 from dist_compress.distillation.encoding import Encoding
 from dist_compress.distillation.losses import TopK
 from dist_compress.distillation.stored import Stored, StoreTeacher
@@ -29,7 +30,8 @@ class LogitTerm(Term):
             "Set distillation.method=logits, or write the store with distillation.store.encoding=dense_fp16."
         )
 
-    def attach(self, context: Context, teacher: Teacher, temperatures: list[float]) -> None:
+    def attach(self, context: Context, teacher: Teacher, temperatures: list[float]) -> int:
+        """As in Term. Returns how many classes are compared."""
         assert context.example is not None
         if context.config.task.fused_head and not self.fuses:
             raise UserError(
@@ -37,22 +39,25 @@ class LogitTerm(Term):
                 "distillation.method=logits."
             )
         args, kwargs = context.example
+        inputs, headless = kwargs or args[0], context.config.task.fused_head
         with untouched(context.model):
-            own = self.cut(logits(context.model(*args, **kwargs))).shape[-1]
+            ask = partial(call_headless, key="task.fused_head") if headless else call
+            own = self.num_compared(ask(context.model, inputs))
         if isinstance(teacher, StoreTeacher):
             encoding = teacher.store.encoding
             theirs = encoding.num_classes
             if encoding.name == "dense_fp16":
-                theirs = len(range(theirs)[: self.options.num_classes])
+                theirs = len(self.cut(torch.empty(theirs)))
             else:
                 self.check_topk(encoding, temperatures)
         else:
-            theirs = self.cut(logits(teacher({"inputs": kwargs or args[0]}))).shape[-1]
+            theirs = self.num_compared(teacher({"inputs": inputs}, headless))
         if own != theirs:
             raise UserError(
                 f"distillation.teacher: it has {theirs} classes, the student {own}. They must be the same: set "
                 "model.num_classes of both, or distillation.options.num_classes where a vocabulary is only padded."
             )
+        return own
 
     def both(
         self, moment: Moment, batch: dict[str, Any], output: Any, answer: Any
@@ -73,6 +78,11 @@ class LogitTerm(Term):
         """bool [tokens]."""
         targets = batch["targets"].flatten()
         return targets != IGNORED if len(targets) == num_tokens else targets.new_ones(num_tokens, dtype=torch.bool)
+
+    def num_compared(self, output: Any) -> int:
+        """How many classes of an output are compared."""
+        found = logits(output)
+        return len(self.cut(found.weight[:, 0])) if isinstance(found, Headless) else self.cut(found).shape[-1]
 
     def cut(self, values: torch.Tensor) -> torch.Tensor:
         return values[..., : self.options.num_classes]

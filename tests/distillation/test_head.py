@@ -45,7 +45,7 @@ def fused(how: Divergence, chunk: int | None, labels: bool, valid: Any, dtype: t
         x["hidden"], Head(x["weight"], x["bias"]), t["teacher"], Head(t["theirs"]), how, weight=0.7,
         labels=LABELS if labels else None, label_weight=0.3, valid=valid, chunk_tokens=chunk,
     )  # fmt: skip
-    return loss.detach(), parts, list(torch.autograd.grad(loss * 3, list(x.values())))
+    return loss.detach(), parts.sum(0), list(torch.autograd.grad(loss * 3, list(x.values())))
 
 
 def error(found: torch.Tensor, right: torch.Tensor) -> float:

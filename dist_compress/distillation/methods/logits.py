@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from dist_compress import comm
 from dist_compress.calling import Headless, logits
 from dist_compress.distillation.encoding import Encoding
 from dist_compress.distillation.head import Head, head_loss
 from dist_compress.distillation.logit_term import LogitTerm
 from dist_compress.distillation.losses import CHUNK_ELEMENTS, Divergence, TopK, divergence, topk_divergence
 from dist_compress.distillation.stored import Stored
-from dist_compress.distillation.teacher import Teacher
+from dist_compress.distillation.teacher import OnlineTeacher, Teacher
 from dist_compress.distillation.term import Moment
+from dist_compress.distillation.vocabulary import KEY, rows_of, split_loss
 from dist_compress.errors import UserError
 from dist_compress.method import Context
 
@@ -34,13 +36,19 @@ class Options:
 
 class Logits(LogitTerm):
     fuses = True
+    split = False  # over the ranks, by vocabulary
 
-    def attach(self, context: Context, teacher: Teacher, temperatures: list[float]) -> None:
+    def attach(self, context: Context, teacher: Teacher, temperatures: list[float]) -> int:
         try:
             self._how(temperatures[0])
         except UserError as error:
             raise UserError(f"distillation.options: {error}") from None
-        super().attach(context, teacher, temperatures)
+        num_classes = super().attach(context, teacher, temperatures)
+        self.split = context.config.distillation.teacher.mode == "vocab"
+        if self.split:
+            assert isinstance(teacher, OnlineTeacher)
+            teacher.keep_rows(rows_of(num_classes, comm.rank()))
+        return num_classes
 
     def check_topk(self, encoding: Encoding, temperatures: list[float]) -> None:
         if self.options.kind != "forward":
@@ -55,6 +63,8 @@ class Logits(LogitTerm):
         how = self._how(moment.temperature)
         if isinstance(found := logits(output), Headless):
             return self._fused(found, moment, batch, answer, how)
+        if self.split:
+            raise UserError(f"{KEY}: the task makes whole logits. Take task=causal_lm, or mode=online.")
         own, theirs, valid = self.both(moment, batch, output, answer)
         size = max(CHUNK_ELEMENTS // own.shape[1], 1)
         parts = zip(own.split(size), theirs.split(size), valid.split(size), strict=True)
@@ -66,6 +76,8 @@ class Logits(LogitTerm):
         """A chunk of tokens at a time, of the student and of the teacher."""
         hidden, head = self._head(own)
         valid = self.valid(batch, len(hidden))
+        if self.split:
+            return split_loss(hidden, head, *self._head(logits(answer)), how, valid & batch["live"])
         if not isinstance(answer, Stored):
             return head_loss(hidden, head, *self._head(logits(answer)), how, valid=valid)[0]
         size = max(CHUNK_ELEMENTS // len(head.weight), 1)

@@ -48,12 +48,13 @@ class Feed:
         self.split, self.stream, self.num_micro = split, stream, num_micro
 
     def batch(self, step: int, micro: int) -> dict[str, Any]:
-        """Micro-batch `micro` of `step`; for one that does not exist, this rank's first of the step.
+        """Micro-batch `micro` of `step`; for one that does not exist, this rank's first of the step, not "live".
         Local."""
         ahead = micro + comm.world_size()
         following = (step, ahead) if ahead < self.num_micro else (step + 1, comm.rank())
         prefetch(self.split, *self.stream.micro(*following))
-        return self.split.batch(*self.stream.micro(step, micro if micro < self.num_micro else comm.rank()))
+        live = micro < self.num_micro
+        return {**self.split.batch(*self.stream.micro(step, micro if live else comm.rank())), "live": live}
 
     def global_count(self, task: Any, step: int) -> int:
         """What the losses of a step are divided by: summed over the ranks where it is not a matter of course.
