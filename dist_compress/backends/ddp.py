@@ -58,7 +58,9 @@ class Ddp(Backend):
             self.ordered.finish()
 
     def release(self) -> None:
-        self.ddp = None
+        if self.ddp is not None:  # its hooks go with its reducer: parameters that stay must not have those of two
+            self.ddp.reducer = self.ddp.logger = None
+            self.ddp = None
 
 
 @torch.no_grad()

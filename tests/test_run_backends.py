@@ -1,0 +1,78 @@
+"""Pruning, int4 weights and a teacher in one loop of 12 steps: the same decisions and losses on every backend."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RUN = [
+    "+recipe=smoke",
+    "+model._target_=layernorm_net.Net",
+    "data.image_size=8",
+    "train.exact=false",  # the plain sums of each backend
+    "train.channels_last=false",
+    "train.max_steps=12",
+    "train.global_batch_size=24",
+    "train.micro_batch_size=4",
+    "train.eval_batch_size=180",
+    "train.log_every_steps=1",
+    "optim=adamw",
+    "optim.lr=0.002",
+    "pruning.method=taylor",
+    "pruning.sparse_ratio=0.7",
+    "pruning.schedule={name: linear, start: 2steps, end: 8steps, num_decisions: 3}",  # after 2, 5 and 8 steps
+    "pruning.config_list=[{op_types: [Linear], granularity: element, global_group_id: all}]",
+    "quantization=qat",
+    "quantization.config_list=[{op_types: [Linear], target_names: [weight], quant_dtype: int4}]",
+    "quantization.start=4steps",
+    "quantization.calibration_steps=1",
+    "quantization.freeze=1.0",
+    "distillation=self",
+    "distillation.teacher.start=1steps",
+    "checkpoint.every_steps=null",
+    "speedup.enabled=false",  # of single weights nothing can be cut out
+    "export=[]",
+]
+BACKENDS = {
+    "ddp 2": (2, ["backend=ddp"]),
+    "ddp 4": (4, ["backend=ddp"]),
+    "fsdp 2": (2, ["backend=fsdp", "backend.wrap=[Block]"]),
+    "fsdp 4": (4, ["backend=fsdp", "backend.min_params=500"]),
+    "hsdp 4": (4, ["backend=fsdp", "backend.replicas=2"]),
+}
+
+
+def whole_run(run_dir: str, *overrides: str) -> dict[str, Any]:
+    from dist_compress import compose, outcome, run
+
+    outcome.LATENCY_S = 0.05
+    Path(run_dir).mkdir(exist_ok=True)
+    run.run(compose.compose(compose.parse([*RUN, *overrides, f"run_dir={run_dir}"])))
+    facts = json.loads((Path(run_dir) / "facts.json").read_text())
+    rows = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((Path(run_dir) / "summary.json").read_text())
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    return {**summary, "decisions": facts["methods"]["decisions"], "losses": losses}
+
+
+@pytest.fixture(scope="module")
+def one_rank(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return ranks(1, whole_run, str(tmp_path_factory.mktemp("one")))[0]
+
+
+def test_the_run_does_what_it_is_compared_for(one_rank: dict[str, Any]) -> None:
+    assert [d["step"] for d in one_rank["decisions"]] == [2, 5, 8] and len(one_rank["losses"]) == 12
+    assert one_rank["decisions"][-1]["ratio"] == pytest.approx(0.7, abs=1e-3)
+    assert len({d["fingerprint"] for d in one_rank["decisions"]}) == 3
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_same_decisions_and_losses(ranks: Any, tmp_path: Path, one_rank: dict[str, Any], name: str) -> None:
+    n, overrides = BACKENDS[name]
+    found = ranks(n, whole_run, str(tmp_path), *overrides)[0]
+    assert found["decisions"] == one_rank["decisions"]
+    assert found["losses"] == pytest.approx(one_rank["losses"], rel=1e-6)
+    assert found["loss/after"] == pytest.approx(one_rank["loss/after"], rel=1e-5)
