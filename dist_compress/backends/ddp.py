@@ -58,9 +58,7 @@ class Ddp(Backend):
             self.ordered.finish()
 
     def release(self) -> None:
-        if self.ddp is not None:  # its hooks go with its reducer: parameters that stay must not have those of two
-            self.ddp.reducer = self.ddp.logger = None
-            self.ddp = None
+        self.ddp = None
 
 
 @torch.no_grad()

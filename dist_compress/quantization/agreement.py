@@ -133,15 +133,25 @@ def outputs(model: nn.Module, example: Call) -> list[Any]:
 
 @contextmanager
 def _in_float64(model: nn.Module) -> Iterator[None]:
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    held = [t.data for t in tensors]
+    """Other tensors stand in the place of the model's: one that changes its type loses what hangs on it, such as the
+    hooks of DistributedDataParallel."""
+    held: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    twins: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for places in (module._parameters, module._buffers):
+            for name, tensor in places.items():
+                if tensor is not None and tensor.is_floating_point():
+                    held.append((places, name, tensor))  # type: ignore[arg-type]
     try:
-        for tensor in tensors:
-            tensor.data = tensor.data.double()
+        for places, name, tensor in held:
+            if id(tensor) not in twins:
+                twin = tensor.detach().double()
+                twins[id(tensor)] = nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
+            places[name] = twins[id(tensor)]
         yield
     finally:
-        for tensor, data in zip(tensors, held, strict=True):
-            tensor.data = data
+        for places, name, tensor in held:
+            places[name] = tensor
 
 
 def _double(nest: Any) -> Any:
