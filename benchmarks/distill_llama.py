@@ -2,11 +2,13 @@
 teacher, with the dense model asked about every batch, and with its stored answers, with several seeds.
 
     python benchmarks/distill_llama.py [--teacher model.safetensors] [--seeds 3] [--steps 120] [--ratio 0.6]
+        [--temperature 2.0] [--stores topk_u8:48:16 ...]
 
 Without --teacher, the dense model is trained first (+recipe=llama_teacher). The cut is by magnitude, before the first
-step, so that every run goes on from the same small model; seeds change the order of the data. The store holds the 64
-likeliest of 259 entries of each token. One rank, one thread. Prints a Markdown table: mean and standard error of the
-held-out perplexity.
+step, so that every run goes on from the same small model; seeds change the order of the data. A store is named by its
+encoding, how many of the 259 entries of a token are the likeliest, and how many of the others are drawn. One rank, one
+thread. Prints Markdown tables: mean and standard error of the held-out perplexity, and what each store adds to that of
+the asked teacher, seed by seed.
 """
 
 from __future__ import annotations
@@ -24,11 +26,8 @@ CUT = [
     "+recipe=llama_distill", "logger=none", "export=[]", "pruning.method=l2_norm", "pruning.schedule.name=one_shot",
     "pruning.schedule.start=0", "pruning.schedule.end=0", "pruning.schedule.num_decisions=1",
 ]  # fmt: skip
-WRITE = [
-    "+recipe=llama_teacher", "logger=none", "export=[]", "train.max_steps=0", "distillation.store.encoding=topk_u8",
-    "distillation.store.temperatures=[2.0]",
-]  # fmt: skip
-ALONE, ASKED, STORED = "labels alone", "labels and teacher, asked", "labels and teacher, stored"
+WRITE = ["+recipe=llama_teacher", "logger=none", "export=[]", "train.max_steps=0"]
+ALONE, ASKED = "labels alone", "labels and teacher, asked"
 
 
 def run(run_dir: Path, *overrides: str) -> dict[str, float]:
@@ -50,20 +49,27 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--ratio", type=float, default=0.6)
+    parser.add_argument("--temperature", type=float, default=2.0)
+    parser.add_argument("--stores", nargs="*", default=["topk_u8:48:16"], help="encoding:k:draws")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         teacher = args.teacher
         if teacher is None:
             run(Path(folder) / "teacher", "+recipe=llama_teacher", "logger=none")
             teacher = f"{folder}/teacher/model.safetensors"
-        store = f"{folder}/store"
-        told = run(Path(folder) / "write", *WRITE, f"model.weights={teacher}", f"distillation.store.write={store}")
         arms = {
             ALONE: ["distillation.method=null"],
             ASKED: [f"distillation.teacher.model.weights={teacher}"],
-            STORED: ["distillation.teacher.mode=store", f"distillation.teacher.store={store}"],
         }
+        written = {}
+        for number, name in enumerate(args.stores):
+            store, (encoding, k, draws) = f"{folder}/store_{number}", name.split(":")
+            keys = [f"write={store}", f"encoding={encoding}", f"k={k}", f"draws={draws}"]
+            keys = [f"distillation.store.{key}" for key in (*keys, f"temperatures=[{args.temperature}]")]
+            written[name] = run(Path(folder) / f"write_{number}", *WRITE, f"model.weights={teacher}", *keys)
+            arms[name] = ["distillation.teacher.mode=store", f"distillation.teacher.store={store}"]
         alike = [*CUT, f"model.weights={teacher}", f"train.max_steps={args.steps}"]
+        alike += [f"distillation.temperature={args.temperature}"]
         alike += [f"pruning.sparse_ratio={args.ratio}"]
         found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
         for seed in range(args.seeds):
@@ -75,14 +81,18 @@ def main() -> None:
     print(f"| (dense) | {first['perplexity/before']:.3f} | | |")
     print(f"| (cut, before the first step) | {first['perplexity/shrunk']:.3f} | | |")
     ends = {name: [s["perplexity/after"] for s in summaries] for name, summaries in found.items()}
-    for name, values in ends.items():
-        print(row(name, values))
+    for name in (ALONE, ASKED):
+        print(row(name, ends[name]))
     print(row("the teacher's gain", [a - b for a, b in zip(ends[ALONE], ends[ASKED], strict=True)]))
-    print(row("stored - asked", [a - b for a, b in zip(ends[STORED], ends[ASKED], strict=True)], digits=4))
+    print(f"\nMACs {first['macs/before']:,} -> {first['macs/after']:,}; {args.steps} steps\n")
     print(
-        f"\nMACs {first['macs/before']:,} -> {first['macs/after']:,}; {args.steps} steps; the store: "
-        f"{told['teacher_store/bytes']:,} bytes for {told['teacher_store/samples']:,} samples of 128 tokens"
+        "| stored | perplexity | more than asked | standard error | by seed | bytes a token |\n|---|---|---|---|---|---|"
     )
+    for name, told in written.items():
+        size = told["teacher_store/bytes"] / told["teacher_store/samples"] / 128
+        more = row(name, [a - b for a, b in zip(ends[name], ends[ASKED], strict=True)], digits=4)
+        start, _, rest = more.removeprefix("| ").partition(" | ")
+        print(f"| {start} | {statistics.mean(ends[name]):.3f} | {rest} {size:.0f} |")
 
 
 if __name__ == "__main__":

@@ -150,7 +150,8 @@ class StoreConfig:
 
     write: str | None = None  # its folder
     encoding: str = "auto"  # dense_fp16 | topk_u8 | topk_fp16; auto: dense up to 1000 classes, then topk_u8
-    k: int = 64  # entries of a top-k
+    k: int = 48  # entries of a top-k
+    draws: int = 16  # of the others, for each of the temperatures; 0: only their mass is stored
     temperatures: list[float] = field(default_factory=lambda: [1.0])  # that a top-k will serve
     views: int = 1  # augmented versions of each sample
 
@@ -220,6 +221,7 @@ _AT_LEAST: dict[str, float] = {
     "distillation.weight_ramp.to": 0,
     "distillation.task_weight": 0,
     "distillation.store.k": 1,
+    "distillation.store.draws": 0,
     "distillation.store.views": 1,
     "data.image_size": 1,
     "data.num_workers": 0,

@@ -1,14 +1,17 @@
 """What a stored teacher says of a token, in a fixed number of bytes.
 
     dense_fp16   the log-probabilities of all classes                                        2 V bytes
-    topk_u8      k ids | k values | log of the mass of the rest, fp16 | lowest and highest value, fp16
+    topk_u8      k ids | k values | log of the mass of the rest, fp16 | lowest and highest value, fp16 | draws
     topk_fp16    the same with values in fp16 and without their bounds
+    draws        ids of some of the rest | entropy of the rest, fp16
 
-Ids are packed in as many bits as the largest needs; 206 bytes a token for k = 64 of 128,256 entries. A top-k without
-the mass of the rest is biased: what is left out must not be spread over what is kept (Sparse Logit Sampling,
-arXiv:2503.16870). Log-probabilities at temperature 1 give those of the k entries among each other at any temperature;
-the mass of the rest does not follow, so it is stored for each temperature that is to be served. Nothing here is
-collective.
+Ids are packed in as many bits as the largest needs. A top-k without the mass of the rest is biased: what is left out
+must not be spread over what is kept (Sparse Logit Sampling, arXiv:2503.16870). Nor is its mass alone enough: at
+temperature 2 a small language model has a seventh of it outside of the 64 likeliest of 259 entries, and a student that
+is told nothing of how it lies there ends worse. So some of the rest is drawn, each entry in proportion to its
+probability; such a gradient is noisy, but right on average, and a training takes the average over many tokens.
+Log-probabilities at temperature 1 give those of the k entries among each other at any temperature; the rest does not
+follow, so its mass and draws are stored for each temperature that is to be served. Nothing here is collective.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dist_compress.distillation.losses import TopK
+from dist_compress.distillation.losses import CHUNK_ELEMENTS, TopK
 from dist_compress.errors import UserError
+from dist_compress.hashing import uniform
 
 NAMES = ("dense_fp16", "topk_u8", "topk_fp16")
 FEW = 1000  # classes that `auto` stores densely
 _LEAST = -100.0  # log-probabilities below are stored as this
+_DRAWS = 0xD4A  # purpose of the hash
 _CERTAIN = -(2.0**-24)  # the rest's log-mass at most: some is left for the k entries
 Bytes = np.ndarray  # uint8
 
@@ -36,9 +41,10 @@ class Encoding:
     num_classes: int
     k: int = 64  # of a top-k
     temperatures: tuple[float, ...] = (1.0,)  # that a top-k serves
+    draws: int = 0  # entries of the rest, for each temperature
 
     @classmethod
-    def choose(cls, name: str, num_classes: int, k: int, temperatures: tuple[float, ...]) -> Encoding:
+    def choose(cls, name: str, num_classes: int, k: int, temperatures: tuple[float, ...], draws: int = 0) -> Encoding:
         """`auto`: dense for few classes. Raises UserError."""
         if name == "auto":
             name = "dense_fp16" if num_classes <= FEW else "topk_u8"
@@ -46,25 +52,29 @@ class Encoding:
             raise UserError(f"distillation.store.temperatures={list(temperatures)}: {wrong[0]} is not above 0.")
         if name.startswith("topk") and k > num_classes:
             raise UserError(f"distillation.store.k={k}: there are {num_classes} classes. Lower it, or use dense_fp16.")
-        return cls(name, num_classes, k, temperatures)
+        return cls(name, num_classes, k, temperatures, draws)
 
     @property
     def record_bytes(self) -> int:
         if self.name == "dense_fp16":
             return 2 * self.num_classes
         values = self.k + 4 if self.name == "topk_u8" else 2 * self.k
-        return self._id_bytes + values + 2 * len(self.temperatures)
+        return self._id_bytes(self.k) + values + len(self.temperatures) * (2 + self._drawn_bytes)
 
     @property
     def _id_bits(self) -> int:
         return max((self.num_classes - 1).bit_length(), 1)
 
-    @property
-    def _id_bytes(self) -> int:
-        return -(-self.k * self._id_bits // 8)
+    def _id_bytes(self, count: int) -> int:
+        return -(-count * self._id_bits // 8)
 
-    def encode(self, logits: torch.Tensor) -> Bytes:
-        """[T, record_bytes] of logits [T, num_classes]."""
+    @property
+    def _drawn_bytes(self) -> int:
+        """Of one temperature."""
+        return self._id_bytes(self.draws) + 2 if self.draws else 0
+
+    def encode(self, logits: torch.Tensor, tokens: torch.Tensor) -> Bytes:
+        """[T, record_bytes] of logits [T, num_classes]. `tokens`: int64 [T], by which draws are made."""
         values = logits.float()
         log_probs = values.log_softmax(1)
         if self.name == "dense_fp16":
@@ -77,31 +87,61 @@ class Encoding:
         ids = pack(top.indices.cpu().numpy(), self._id_bits)
         tail = _as_bytes(torch.stack(tails, 1).cpu().numpy().astype("<f2"))
         head = top.values.clamp(min=_LEAST).cpu().numpy()
+        drawn = [self._draw(rest / tau, tokens) for tau in self.temperatures if self.draws]
         if self.name == "topk_fp16":
-            return np.concatenate([ids, _as_bytes(head.astype("<f2")), tail], 1)
+            return np.concatenate([ids, _as_bytes(head.astype("<f2")), tail, *drawn], 1)
         low, high = _rounded(head.min(1), down=True), _rounded(head.max(1), down=False)
         width = np.maximum(high.astype(np.float32) - low.astype(np.float32), np.float32(1e-9))
         levels = np.rint((head - low.astype(np.float32)[:, None]) / width[:, None] * 255).astype(np.uint8)
-        return np.concatenate([ids, levels, tail, _as_bytes(np.stack([low, high], 1).astype("<f2"))], 1)
+        return np.concatenate([ids, levels, tail, _as_bytes(np.stack([low, high], 1).astype("<f2")), *drawn], 1)
+
+    def _draw(self, rest: torch.Tensor, tokens: torch.Tensor) -> Bytes:
+        """[T, bytes] of `rest`: logits [T, num_classes], -inf for what is not to be drawn. Systematic: an entry with
+        the share w of the mass comes floor or ceil of w * draws times."""
+        start = uniform(tokens, _DRAWS).to(rest.device)
+        points = (start[:, None] + torch.arange(self.draws, device=rest.device)) / self.draws
+        ids, entropies = [], []
+        size = max(CHUNK_ELEMENTS // self.num_classes, 1)
+        for part, at in zip(rest.split(size), points.split(size), strict=True):
+            share = part.double().softmax(1).nan_to_num()  # NaN: there is no rest
+            total = share.cumsum(1)
+            ids.append(torch.searchsorted(total, at * total[:, -1:], right=True).clamp(max=self.num_classes - 1))
+            entropies.append(torch.special.entr(share).sum(1))
+        packed = pack(torch.cat(ids).cpu().numpy(), self._id_bits)
+        return np.concatenate([packed, _as_bytes(torch.cat(entropies)[:, None].cpu().numpy().astype("<f2"))], 1)
 
     def decode(self, records: Bytes, temperature: float) -> torch.Tensor | TopK:
         """Logits [T, num_classes] of a dense encoding (for any temperature), the TopK at `temperature` of another, on
         the CPU. Raises UserError for a temperature that is not served."""
         self.check_temperature(temperature)
         if self.name == "dense_fp16":
-            return torch.from_numpy(_as_numbers(records).astype(np.float32))
-        ids = torch.from_numpy(unpack(records[:, : self._id_bytes], self.k, self._id_bits))
-        rest = records[:, self._id_bytes :]
+            return torch.from_numpy(_as_numbers(records))
+        number, drawn_bytes = len(self.temperatures), self._drawn_bytes
+        sizes = [self._id_bytes(self.k), self.k * (2 if self.name == "topk_fp16" else 1), 2 * number]
+        sizes += [0 if self.name == "topk_fp16" else 4, *[drawn_bytes] * number]
+        ids, head, tails, bounds, *drawn = np.split(records, np.cumsum(sizes)[:-1], 1)
         if self.name == "topk_fp16":
-            head, rest = _as_numbers(rest[:, : 2 * self.k]).astype(np.float32), rest[:, 2 * self.k :]
-            numbers = _as_numbers(rest)
+            values = _as_numbers(head)
         else:
-            numbers = _as_numbers(rest[:, self.k :])
-            low, high = numbers[:, -2, None].astype(np.float32), numbers[:, -1, None].astype(np.float32)
-            head = low + rest[:, : self.k].astype(np.float32) / 255 * (high - low)
-        tail = torch.from_numpy(numbers[:, self.temperatures.index(temperature)].astype(np.float32)).clamp(max=_CERTAIN)
-        own = (torch.from_numpy(head) / temperature).log_softmax(1)
-        return TopK(ids, own + torch.log(-torch.expm1(tail))[:, None], tail)
+            low, high = _as_numbers(bounds).T[:, :, None]
+            values = low + head.astype(np.float32) / 255 * (high - low)
+        at = self.temperatures.index(temperature)
+        tail = torch.from_numpy(_as_numbers(tails)[:, at]).clamp(max=_CERTAIN)
+        own = (torch.from_numpy(values) / temperature).log_softmax(1) + torch.log(-torch.expm1(tail))[:, None]
+        known = TopK(torch.from_numpy(unpack(ids, self.k, self._id_bits)), own, tail, torch.zeros_like(tail))
+        return self._with_draws(known, drawn[at]) if self.draws else known
+
+    def _with_draws(self, known: TopK, drawn: Bytes) -> TopK:
+        """The rest is what was drawn, each entry as often as it was."""
+        ids = torch.from_numpy(unpack(drawn[:, :-2], self.draws, self._id_bits))
+        same = ids[:, :, None] == ids[:, None, :]
+        first = ~same.tril(-1).any(2)  # an entry's mass is where it comes first
+        share = same.sum(2) / self.draws * first
+        entropy = torch.from_numpy(_as_numbers(drawn[:, -2:])[:, 0]) - torch.special.entr(share).sum(1)
+        return TopK(
+            torch.cat([known.ids, ids], 1), torch.cat([known.log_probs, known.tail[:, None] + share.log()], 1),
+            torch.full_like(known.tail, -torch.inf), known.tail.exp() * entropy,
+        )  # fmt: skip
 
     def check_temperature(self, temperature: float) -> None:
         """Raise UserError for one that the records do not tell the mass of the rest of."""
@@ -130,7 +170,8 @@ def _as_bytes(numbers: np.ndarray) -> Bytes:
 
 
 def _as_numbers(records: Bytes) -> np.ndarray:
-    return np.ascontiguousarray(records).view("<f2")
+    """float32 of fp16."""
+    return np.ascontiguousarray(records).view("<f2").astype(np.float32)
 
 
 def _rounded(values: np.ndarray, down: bool) -> np.ndarray:

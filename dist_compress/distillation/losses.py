@@ -55,20 +55,23 @@ class Divergence:
 
 @dataclass(frozen=True)
 class TopK:
-    """What is known of a teacher's distribution at one temperature: its k likeliest entries and the mass of the rest.
+    """What is known of a teacher's distribution at one temperature: some of its entries and the mass of the rest.
     exp(log_probs).sum(1) + exp(tail) = 1."""
 
-    ids: torch.Tensor  # int64 [T, k], distinct in a row
-    log_probs: torch.Tensor  # float [T, k]
+    ids: torch.Tensor  # int64 [T, k], distinct in a row, but for those without mass
+    log_probs: torch.Tensor  # float [T, k]; -inf: no mass
     tail: torch.Tensor  # float [T]: log of the mass outside; -inf: none
+    entropy: torch.Tensor  # float [T]: that of the distribution less that of a drawn rest; 0: the rest is one event
 
     def to(self, device: torch.device) -> TopK:
-        return TopK(self.ids.to(device), self.log_probs.to(device), self.tail.to(device))
+        return TopK(*(x.to(device) for x in self._fields()))
 
     def split(self, size: int) -> list[TopK]:
         """By tokens."""
-        parts = (x.split(size) for x in (self.ids, self.log_probs, self.tail))
-        return [TopK(*part) for part in zip(*parts, strict=True)]
+        return [TopK(*part) for part in zip(*(x.split(size) for x in self._fields()), strict=True)]
+
+    def _fields(self) -> tuple[torch.Tensor, ...]:
+        return self.ids, self.log_probs, self.tail, self.entropy
 
 
 def divergence(
@@ -101,9 +104,10 @@ def topk_divergence(
 ) -> torch.Tensor:
     """float [T]: forward KL over the k + 1 events "entry i" and "none of them", which is all a stored top-k tells.
 
-    sum_K p (log p - log q) + r (log r - log s), where r and s are the masses outside. `known` holds at the temperature
-    of `how`. `student` as in `divergence`; when `sharded`, `first` is the number of this rank's first column, and
-    `known` is the same on every rank. s is a sum of its own, so that nothing cancels.
+    sum_K p (log p - log q) + r (log r - log s), where r and s are the masses outside, less `known.entropy`. Where the
+    rest is drawn (r = 0), loss and gradient are in expectation those of the whole distribution. `known` holds at the
+    temperature of `how`. `student` as in `divergence`; when `sharded`, `first` is the number of this rank's first
+    column, and `known` is the same on every rank. s is a sum of its own, so that nothing cancels.
     """
     if how.kind != "forward":
         raise UserError(f"divergence kind {how.kind!r}: a stored top-k serves forward alone.")
@@ -223,13 +227,13 @@ def _topk(
     peak = log_p.amax(1)  # like the shift of a, so that what is summed is small
     gap = ((log_p - peak[:, None] - picked) * p).masked_fill(~here | (p == 0), 0).sum(1)
     own = torch.zeros_like(a)  # the teacher's probabilities of the entries that lie here
-    own[rows, ids[here]] = p[here]
+    own.index_put_((rows, ids[here]), p[here], accumulate=True)  # an id without mass may be there twice
     outside = torch.ones_like(a, dtype=torch.bool)
     outside[rows, ids[here]] = False
     a.exp_()
     total, rest, gap = reduce(torch.stack([a.sum(1), (a * outside).sum(1), gap]), "sum")
     tail = (r * (log_r - rest.log() + total.log())).masked_fill(r == 0, 0)
-    loss = gap + p.sum(1) * (peak + total.log()) + tail
+    loss = gap + p.sum(1) * (peak + total.log()) + tail - known.entropy.to(a.dtype)
     share = torch.where(r > 0, r / rest, 0)
     grad = a * ((p.sum(1) + r) / total)[:, None] - own
     grad.sub_(a.mul_(outside).mul_(share[:, None]))

@@ -26,6 +26,7 @@ import torch
 from dist_compress import comm
 from dist_compress.distillation.encoding import Bytes, Encoding
 from dist_compress.errors import UserError
+from dist_compress.hashing import mix
 
 FORMAT = 1
 PART_BYTES = 64 << 20
@@ -177,7 +178,9 @@ class _Writer:
     def add(self, keys: Sequence[int], logits: torch.Tensor, num_tokens: int) -> None:
         if not bool(logits.isnan().logical_not().all()):
             raise UserError(f"the teacher's logits are NaN for a sample of {keys[0]} to {keys[-1]}. Check its weights.")
-        records = self.encoding.encode(logits)
+        places = torch.arange(num_tokens).repeat(len(keys))
+        tokens = mix(torch.tensor(keys).repeat_interleave(num_tokens), places)
+        records = self.encoding.encode(logits, tokens)
         assert records.shape == (len(keys) * num_tokens, self.encoding.record_bytes)
         self.records.append(records)
         for key in keys:

@@ -94,7 +94,7 @@ def write_store(config: Config, model: nn.Module, split: Any, seed: int) -> dict
     model.eval()
     try:
         num_classes = answers(torch.tensor([0]), 0)[0].shape[1]
-        encoding = Encoding.choose(asked.encoding, num_classes, asked.k, tuple(asked.temperatures))
+        encoding = Encoding.choose(asked.encoding, num_classes, asked.k, tuple(asked.temperatures), asked.draws)
         teacher = f"{type(model).__name__} {weights_fingerprint(model)}"
         origin = _origin(config.data, split, asked.views, seed, teacher)
         size = config.train.eval_batch_size or config.train.micro_batch_size

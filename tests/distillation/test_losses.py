@@ -175,7 +175,7 @@ def known_of(teacher: torch.Tensor, k: int, temperature: float) -> TopK:
     log_probs = (teacher.double() / temperature).log_softmax(1)
     top = log_probs.topk(k, dim=1)
     rest = log_probs.scatter(1, top.indices, -torch.inf).logsumexp(1)
-    return TopK(top.indices, top.values, rest)
+    return TopK(top.indices, top.values, rest, torch.zeros_like(rest))
 
 
 def merged(student: torch.Tensor, known: TopK, temperature: float) -> torch.Tensor:
@@ -221,7 +221,8 @@ def test_topk_without_tail_and_with_nearly_nothing_else():
     loss = topk_divergence(x, known_of(teacher, V, 2.0), how)  # all entries: the tail is empty
     right, slope = expected("forward", 2.0, torch.float64)
     assert error(loss, right) <= 1e-12 and error(gradient(loss, x, upstream()), slope) <= 1e-12
-    tiny = TopK(torch.tensor([[3]]), torch.tensor([[-40.0]]).double(), torch.tensor([-1e-17]).double())
+    numbers = (torch.tensor(x).double() for x in ([[-40.0]], [-1e-17], [0.0]))
+    tiny = TopK(torch.tensor([[3]]), *numbers)
     loss = topk_divergence(x[:1], tiny, how)
     assert error(loss, merged(x[:1], tiny, 2.0)) <= 1e-12
     assert bool(gradient(loss, x, upstream()[:1]).isfinite().all())
@@ -284,6 +285,6 @@ def test_what_is_refused(keys, said):
 def test_shapes_that_do_not_fit():
     with pytest.raises(UserError, match=r"student logits \[2, 3\] and teacher logits \[2, 4\]"):
         divergence(torch.zeros(2, 3), torch.zeros(2, 4), Divergence())
-    known = TopK(torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1), torch.zeros(2))
+    known = TopK(torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1), torch.zeros(2), torch.zeros(2))
     with pytest.raises(UserError, match="a stored top-k serves forward alone"):
         topk_divergence(torch.zeros(2, 3), known, Divergence("reverse"))

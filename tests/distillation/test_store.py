@@ -18,9 +18,10 @@ from dist_compress.distillation.encoding import Encoding
 from dist_compress.distillation.losses import TopK
 from dist_compress.distillation.store import Manifest, Origin, Store, write
 from dist_compress.errors import UserError
+from dist_compress.hashing import mix
 
 SAMPLES, VIEWS, TOKENS, CLASSES, BATCH = 90, 2, 3, 150, 7
-ENCODING = Encoding("topk_u8", CLASSES, 8)
+ENCODING = Encoding("topk_u8", CLASSES, 8, (1.0, 2.0), 4)
 KEY = "distillation.teacher.store"
 
 
@@ -40,7 +41,7 @@ def answers(ids: torch.Tensor, view: int) -> tuple[torch.Tensor, int]:
 
 
 def expected(key: int) -> np.ndarray:
-    return ENCODING.encode(logits(np.array([key])))
+    return ENCODING.encode(logits(np.array([key])), mix(torch.tensor([key]), torch.arange(TOKENS)))
 
 
 def write_all(folder: str, **keys: Any) -> tuple[int, int]:
@@ -105,8 +106,8 @@ def test_what_is_read_is_what_was_said(tmp_path):
     known = store.encoding.decode(store.read([17, 4]), 1.0)
     assert isinstance(known, TopK)
     right = logits(np.array([17, 4])).log_softmax(1)
-    assert torch.equal(known.ids, right.topk(8, dim=1).indices)
-    assert torch.allclose(known.log_probs, right.topk(8, dim=1).values, atol=0.02)
+    assert torch.equal(known.ids[:, :8], right.topk(8, dim=1).indices)
+    assert torch.allclose(known.log_probs[:, :8], right.topk(8, dim=1).values, atol=0.02)
     with pytest.raises(UserError, match="sample 90 is not in the store"):
         store.read([SAMPLES * VIEWS])
 
@@ -222,5 +223,6 @@ def test_a_teacher_that_says_nan(ranks, tmp_path):
 def test_the_manifest_says_what_it_is(tmp_path):
     write_all(str(tmp_path / "store"))
     said = json.loads((tmp_path / "store" / "manifest.json").read_text())
-    assert said["encoding"] == {"name": "topk_u8", "num_classes": CLASSES, "k": 8, "temperatures": [1.0]}
+    sizes = {"num_classes": CLASSES, "k": 8, "draws": 4}
+    assert said["encoding"] == {"name": "topk_u8", "temperatures": [1.0, 2.0], **sizes}
     assert said["origin"]["tokenizer"] == "bytes" and len(said["parts"]) == len(list(tmp_path.glob("store/part-*.bin")))

@@ -58,10 +58,11 @@ def stores(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stores")
     summary = ranks(3, run, *write(folder / "dense", folder / "a", "distillation.store.views=2"))[0]
     assert summary["teacher_store/samples"] == 2 * 1437 and summary["teacher_store/bytes"] == 2 * 1437 * 20
-    keys = {"encoding": "topk_u8", "k": 4, "temperatures": "[1.0,2.0]"}
+    keys = {"encoding": "topk_u8", "k": 4, "draws": 5, "temperatures": "[1.0,2.0]"}
     topk = [f"distillation.store.{key}={value}" for key, value in keys.items()]
     summary = ranks(1, run, *write(folder / "topk", folder / "b", *topk))[0]
-    assert summary["teacher_store/bytes"] == 1437 * (2 + 4 + 4 + 4)  # 4 ids of 4 bits, values, two tails, bounds
+    head, drawn = 2 + 4 + 4 + 4, 3 + 2  # 4 ids of 4 bits, values, two tails, bounds; 5 ids, entropy
+    assert summary["teacher_store/bytes"] == 1437 * (head + 2 * drawn)
     return folder
 
 
@@ -145,7 +146,7 @@ def test_a_store_that_is_not_named(tmp_path):
 
 def test_a_writer_refuses_what_the_classes_cannot_give(ranks, tmp_path):
     for text in ranks(2, refused_to_write, str(tmp_path / "store"), str(tmp_path / "run")):
-        assert "distillation.store.k=64: there are 10 classes" in text
+        assert "distillation.store.k=48: there are 10 classes" in text
     assert not (tmp_path / "store").exists()
 
 

@@ -145,7 +145,9 @@ def test_what_goes_together_is_not(material: Path):
         run.Job(config(str(material), str(material / name), overrides)).reporter.close(finished=False)
 
 
-def test_a_stored_token_of_a_large_vocabulary_takes_206_bytes():
+def test_a_stored_token_of_a_large_vocabulary_takes_192_bytes():
+    from dist_compress.config import StoreConfig
     from dist_compress.distillation.encoding import Encoding
 
-    assert Encoding.choose("auto", 128_256, 64, (1.0,)).record_bytes == 206
+    asked = StoreConfig()
+    assert Encoding.choose("auto", 128_256, asked.k, tuple(asked.temperatures), asked.draws).record_bytes == 192
