@@ -85,9 +85,8 @@ def main() -> None:
         print(row(name, ends[name]))
     print(row("the teacher's gain", [a - b for a, b in zip(ends[ALONE], ends[ASKED], strict=True)]))
     print(f"\nMACs {first['macs/before']:,} -> {first['macs/after']:,}; {args.steps} steps\n")
-    print(
-        "| stored | perplexity | more than asked | standard error | by seed | bytes a token |\n|---|---|---|---|---|---|"
-    )
+    columns = ("stored", "perplexity", "more than asked", "standard error", "by seed", "bytes a token")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name, told in written.items():
         size = told["teacher_store/bytes"] / told["teacher_store/samples"] / 128
         more = row(name, [a - b for a, b in zip(ends[name], ends[ASKED], strict=True)], digits=4)

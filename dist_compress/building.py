@@ -22,9 +22,10 @@ class Builder:
         """The model as configured, with the weights that it begins with."""
         return self.placed(self.built(self.config.model))
 
-    def built(self, wanted: ModelConfig) -> nn.Module:
-        """With the classes and the vocabulary of the data. Local."""
-        return models.build(wanted, self.data.num_classes, self.config.seed, self.data.vocab_size)
+    def built(self, wanted: ModelConfig, whole: bool = False) -> nn.Module:
+        """With the classes and the vocabulary of the data. `whole`: nothing of it is made new beside weights of a
+        folder. Local."""
+        return models.build(wanted, self.data.num_classes, self.config.seed, self.data.vocab_size, whole)
 
     def teacher(self) -> nn.Module:
         """The network that a student learns from, with its weights, the same on every rank. Local."""
@@ -37,7 +38,7 @@ class Builder:
                 "file of weights, such as model.safetensors of another run."
             )
         try:
-            model = self.built(wanted)
+            model = self.built(wanted, whole=True)
         except UserError as error:
             raise UserError(f"distillation.teacher: {error}") from None
         if wanted.weights is not None:

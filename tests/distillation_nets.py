@@ -100,7 +100,9 @@ def own_nets() -> Iterator[None]:
     """`models.build` makes the nets of this file; weights of a file "given" are those they have."""
     from dist_compress import models, outcome
 
-    def build(config: Any, num_classes: int, seed: int, vocab_size: int | None = None) -> nn.Module:
+    def build(
+        config: Any, num_classes: int, seed: int, vocab_size: int | None = None, whole: bool = False
+    ) -> nn.Module:
         torch.manual_seed(seed + 1)
         return TeacherNet() if "teacher" in config.kwargs else Student(8)
 

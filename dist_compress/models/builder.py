@@ -1,7 +1,7 @@
 """Models by source and name: CIFAR ResNets, torchvision, timm, Hugging Face, or a callable of the user's.
 
-A new source is one function `(config, num_classes, vocab_size) -> nn.Module` in `_SOURCES`. Nothing is downloaded:
-pretrained weights come through `model.weights`, or with the local folder of a Hugging Face model.
+A new source is one function `(config, num_classes, vocab_size, whole) -> nn.Module` in `_SOURCES`. Nothing is
+downloaded: pretrained weights come through `model.weights`, or with the local folder of a Hugging Face model.
 """
 
 from __future__ import annotations
@@ -20,20 +20,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_compress import comm
 from dist_compress.config import ModelConfig
 from dist_compress.errors import UserError, raised_by
 from dist_compress.models import resnet_cifar
+from dist_compress.models.weights import refuse_unfit
 
 log = logging.getLogger(__name__)
 
 
-def build(config: ModelConfig, num_classes: int, seed: int, vocab_size: int | None = None) -> nn.Module:
+def build(
+    config: ModelConfig, num_classes: int, seed: int, vocab_size: int | None = None, whole: bool = False
+) -> nn.Module:
     """The model of `config` on the CPU, in training mode, initialised from `seed`. Local.
 
     `num_classes`: those of the data; `config.num_classes` goes before it. `vocab_size`: how many tokens the data has,
     None if it has none; `config.kwargs.vocab_size` goes before it.
     Equal weights on every rank for an equal seed; the caller's random state is left alone. `config.weights`
-    is not read here (see `load_weights`). Raises UserError for an unknown source, name or argument.
+    is not read here (see `load_weights`). `whole`: a folder with weights must have all of them, a classifier's too.
+    Raises UserError for an unknown source, name or argument, and for weights in a folder that do not fit.
     """
     num_classes = config.num_classes or num_classes
     with torch.random.fork_rng(devices=[]):
@@ -46,7 +51,7 @@ def build(config: ModelConfig, num_classes: int, seed: int, vocab_size: int | No
                 f"model.source={config.source!r}: no such source of models. Choose {', '.join(_SOURCES)}, "
                 "or name a callable of your own with model._target_."
             )
-        return source(config, num_classes, vocab_size).train()
+        return source(config, num_classes, vocab_size, whole).train()
 
 
 def has_weights(config: ModelConfig) -> bool:
@@ -75,13 +80,13 @@ def describe(config: ModelConfig, model: nn.Module, shrunk: Iterable[str] = ()) 
     return asdict(replace(config, weights=None))
 
 
-def _from_cifar(config: ModelConfig, num_classes: int, vocab_size: int | None) -> nn.Module:
+def _from_cifar(config: ModelConfig, num_classes: int, vocab_size: int | None, whole: bool) -> nn.Module:
     _check_name(config, [name for name, _ in inspect.getmembers(resnet_cifar, inspect.isfunction)])
     factory = getattr(resnet_cifar, config.name)
     return _call(config, lambda: factory(num_classes=num_classes, **config.kwargs))
 
 
-def _from_torchvision(config: ModelConfig, num_classes: int, vocab_size: int | None) -> nn.Module:
+def _from_torchvision(config: ModelConfig, num_classes: int, vocab_size: int | None, whole: bool) -> nn.Module:
     models = importlib.import_module("torchvision.models")
     _check_name(config, models.list_models())
     kwargs: dict[str, Any] = {"num_classes": num_classes, "weights": None, **config.kwargs}
@@ -92,18 +97,18 @@ def _from_torchvision(config: ModelConfig, num_classes: int, vocab_size: int | N
     return _call(config, lambda: models.get_model(config.name, **kwargs))
 
 
-def _from_timm(config: ModelConfig, num_classes: int, vocab_size: int | None) -> nn.Module:
+def _from_timm(config: ModelConfig, num_classes: int, vocab_size: int | None, whole: bool) -> nn.Module:
     timm = _import_extra(config, "timm")
     _check_name(config, timm.list_models())
     kwargs = {"num_classes": num_classes, **config.kwargs}
     return _call(config, lambda: timm.create_model(config.name, pretrained=False, **kwargs))
 
 
-def _from_hf(config: ModelConfig, num_classes: int, vocab_size: int | None) -> nn.Module:
+def _from_hf(config: ModelConfig, num_classes: int, vocab_size: int | None, whole: bool) -> nn.Module:
     transformers = _import_extra(config, "transformers")
     hf_config = _hf_config(config, transformers, num_classes, vocab_size)
     if Path(config.name).expanduser().is_dir():
-        return _from_hf_folder(config, transformers, hf_config)
+        return _from_hf_folder(config, transformers, hf_config, whole)
     return _hf_call(config, lambda: getattr(transformers, _HEADS[config.head]).from_config(hf_config))
 
 
@@ -145,8 +150,8 @@ def _hf_settings(config: ModelConfig, num_classes: int) -> dict[str, Any]:
     return {"use_cache": False} if config.head == "causal_lm" else {"num_labels": num_classes}
 
 
-def _from_hf_folder(config: ModelConfig, transformers: ModuleType, hf_config: Any) -> nn.Module:
-    """With the folder's weights if any; a head for another number of classes is made new, and logged."""
+def _from_hf_folder(config: ModelConfig, transformers: ModuleType, hf_config: Any, whole: bool) -> nn.Module:
+    """With the folder's weights if any. Unless `whole`, a classifier that it does not have is made new, and said."""
     folder = Path(config.name).expanduser()
     auto = getattr(transformers, _HEADS[config.head])
     if not list(folder.glob("*.safetensors")):
@@ -160,10 +165,30 @@ def _from_hf_folder(config: ModelConfig, transformers: ModuleType, hf_config: An
     model, info = _hf_call(
         config, lambda: auto.from_pretrained(folder, config=hf_config, output_loading_info=True, **how)
     )
-    fresh = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
-    if fresh:
-        log.warning("model.name=%r: made new, for the folder has none that fit: %s", config.name, fresh)
+    shapes = {name: f"{name} (folder {[*held]}, model {[*own]})" for name, held, own in info["mismatched_keys"]}
+    unfit: dict[str, Iterable[str]] = {
+        "missing": info["missing_keys"],
+        "unexpected": info["unexpected_keys"],
+        "of another shape": shapes,
+    }
+    apart = set() if whole or config.head == "causal_lm" else {n for names in unfit.values() for n in names}
+    apart = {name for name in apart if _is_of_head(model, name)}
+    refuse_unfit(
+        f"model.name={config.name!r}: the weights in this folder do not fit {type(model).__name__}",
+        {way: [shapes.get(n, n) for n in sorted(names) if n not in apart] for way, names in unfit.items()},
+        f"Take a folder whose config.json and weights belong together, with what model.head={config.head} needs, leave "
+        "sizes out of model.kwargs, or remove its .safetensors to start from random weights.",
+    )
+    new = sorted(apart.difference(info["unexpected_keys"]))
+    if new and comm.rank() == 0:
+        log.warning("model.name=%r: a new classifier, for the folder has none that fits: %s", config.name, new)
     return model
+
+
+def _is_of_head(model: Any, name: str) -> bool:
+    """Whether a tensor lies outside of the network that all heads share, or in its pooler."""
+    first = name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
+    return first == "pooler" or first not in {own.partition(".")[0] for own in model.base_model.state_dict()}
 
 
 def _from_target(config: ModelConfig, num_classes: int) -> nn.Module:
@@ -198,7 +223,7 @@ def _parameters(function: Callable[..., Any]) -> Iterable[str]:
         return ()
 
 
-_SOURCES: dict[str, Callable[[ModelConfig, int, int | None], nn.Module]] = {
+_SOURCES: dict[str, Callable[[ModelConfig, int, int | None, bool], nn.Module]] = {
     "cifar": _from_cifar,
     "torchvision": _from_torchvision,
     "timm": _from_timm,

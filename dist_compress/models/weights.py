@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from dist_compress.errors import UserError
 
+_SHOWN = 8  # names of tensors that do not fit, of each way not to
 _WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training scripts keep the weights
 
 
@@ -22,7 +23,7 @@ def load_weights(model: nn.Module, path: str | Path, key: str = "model.weights")
 
     Every parameter and persistent buffer must be in the file with its shape, and nothing else; only
     `num_batches_tracked` and further names of tied tensors may be missing. A prefix "module." is dropped.
-    Raises UserError that names `key` and lists every key that does not fit; the model is then unchanged.
+    Raises UserError that names `key` and the first keys that do not fit; the model is then unchanged.
     """
     state = _strip_prefix(read_weights(path, key))
     own = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
@@ -38,17 +39,24 @@ def load_weights(model: nn.Module, path: str | Path, key: str = "model.weights")
         for name in state
         if name in own and state[name].shape != own[name].shape
     ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    if any(problems.values()):
-        lines = [f"  {len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names]
-        raise UserError(
-            f"{key}={str(path)!r} does not fit the model {type(model).__name__}:\n"
-            + "\n".join(lines)
-            + "\nUse weights of this architecture and class count, or unset the key to train from scratch."
-        )
+    refuse_unfit(
+        f"{key}={str(path)!r} does not fit the model {type(model).__name__}",
+        {"missing": missing, "unexpected": unexpected, "of another shape": misshapen},
+        "Use weights of this architecture and class count, or unset the key to train from scratch.",
+    )
     with torch.no_grad():
         for name, tensor in state.items():
             own[name].copy_(tensor)
+
+
+def refuse_unfit(what: str, problems: Mapping[str, Sequence[str]], remedy: str) -> None:
+    """Raise UserError unless there are no problems: {in which way tensors do not fit: their names}."""
+    lines = []
+    for way, names in problems.items():
+        more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        lines += [f"  {len(names)} {way}: {', '.join(names[:_SHOWN])}{more}"] if names else []
+    if lines:
+        raise UserError("\n".join([f"{what}:", *lines, remedy]))
 
 
 def read_weights(path: str | Path, key: str = "model.weights") -> dict[str, torch.Tensor]:

@@ -73,7 +73,7 @@ def online(run_dir: str, seed: int, *overrides: str) -> dict[str, Any]:
 
     build, load, weights = models.build, data.build, models.load_weights
 
-    def another(config: Any, num_classes: int, own: int, vocab_size: int | None = None) -> Any:
+    def another(config: Any, num_classes: int, own: int, vocab_size: int | None = None, whole: bool = False) -> Any:
         return build(config, num_classes, 9 if config.kwargs == {"in_channels": 3} else own)
 
     models.build, data.build = another, lambda config, own, views=None: load(config, 9, 2)

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+import transformers
 
 from dist_compress.config import ModelConfig
 from dist_compress.errors import UserError
@@ -122,7 +123,10 @@ def test_a_hugging_face_folder_brings_its_weights_and_a_new_head_when_classes_di
     same = build(config, num_classes=7, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(same.parameters(), source.parameters(), strict=True))
     other = build(config, num_classes=3, seed=0)
-    assert other.classifier.weight.shape == (3, 16) and "classifier.weight" in caplog.text
+    assert other.classifier.weight.shape == (3, 16)
+    assert (
+        "a new classifier, for the folder has none that fits: ['classifier.bias', 'classifier.weight']" in caplog.text
+    )
     assert torch.equal(other.vit.layernorm.weight, source.vit.layernorm.weight)
     description = ModelConfig(**describe(config, other))
     assert str(tmp_path) not in str(description)
@@ -145,3 +149,62 @@ def test_models_of_text_get_the_vocabulary_of_the_data_and_are_built_again(tmp_p
     own = ModelConfig(source="hf", name=str(tmp_path / "folder"), head=head)
     loaded = build(own, num_classes=3, seed=1, vocab_size=31)
     assert torch.equal(loaded.eval()(input_ids=ids).logits, expected.logits)
+
+
+TINY_TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def folder_of(path, auto, name="bert", **sizes):
+    """A folder of Hugging Face's with a model of that class, and its weights."""
+    config = transformers.AutoConfig.for_model(name, **{**TINY_TEXT, "vocab_size": 40, **sizes})
+    model = getattr(transformers, auto).from_config(config)
+    model.save_pretrained(path)
+    return model
+
+
+@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForMaskedLM"])
+def test_a_student_begins_with_a_backbone_and_a_new_classifier(tmp_path, caplog, auto):
+    source = folder_of(tmp_path / "bert", auto)
+    config = ModelConfig(source="hf", name=str(tmp_path / "bert"), head="sequence_classification")
+    model = build(config, num_classes=3, seed=0)
+    body = source.base_model.state_dict()
+    for name, tensor in model.base_model.state_dict().items():
+        assert name.startswith("pooler.") or torch.equal(tensor, body[name]), name
+    lines = [record.message for record in caplog.records if "a new classifier" in record.message]
+    assert len(lines) == 1 and "'classifier.bias', 'classifier.weight'" in lines[0]
+    assert ("bert.pooler.dense.bias" in lines[0]) == (auto == "AutoModelForMaskedLM")
+    with pytest.raises(UserError, match="2 missing: classifier.bias" if auto == "AutoModel" else "4 missing: bert.po"):
+        build(config, num_classes=3, seed=0, whole=True)  # a teacher
+
+
+FOLDERS = {
+    "no classifier of these classes": ("AutoModelForSequenceClassification", "bert", {}, {}, True, [
+        "2 of another shape: classifier.bias (folder [2], model [3]), classifier.weight (folder [2, 16], ",
+    ]),
+    "a layer more": ("AutoModel", "bert", {}, {"num_hidden_layers": 3}, False, [
+        "16 missing: bert.encoder.layer.2.attention.output.LayerNorm.bias", ", and 8 more",
+    ]),
+    "a layer less": ("AutoModel", "bert", {}, {"num_hidden_layers": 1}, False, ["16 unexpected: ", "encoder.layer.1."]),
+    "other sizes": ("AutoModel", "bert", {}, {"hidden_size": 32}, False, ["(folder [40, 16], model [40, 32])"]),
+    "tokens": ("AutoModelForCausalLM", "llama", {}, {"vocab_size": 50}, False, ["lm_head.weight (folder [40, 16]"]),
+    "no output layer": ("AutoModel", "llama", {}, {}, False, ["1 missing: lm_head.weight"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_weights_of_a_folder_that_do_not_fit_are_refused(tmp_path, case):
+    auto, name, has, wanted, whole, words = FOLDERS[case]
+    folder_of(tmp_path / "folder", auto, name, **has)
+    head = "causal_lm" if name == "llama" else "sequence_classification"
+    config = ModelConfig(source="hf", name=str(tmp_path / "folder"), head=head, kwargs=wanted)
+    with pytest.raises(UserError) as error:
+        build(config, num_classes=3, seed=0, whole=whole)
+    for word in (f"model.name={str(tmp_path / 'folder')!r}: the weights in this folder do not fit", *words):
+        assert word in str(error.value)
+    assert f"with what model.head={head} needs, leave sizes out of model.kwargs" in str(error.value)
+
+
+def test_a_tied_output_layer_is_not_missing(tmp_path):
+    source = folder_of(tmp_path / "folder", "AutoModelForCausalLM", "llama", tie_word_embeddings=True)
+    model = build(ModelConfig(source="hf", name=str(tmp_path / "folder"), head="causal_lm"), 3, 0, whole=True)
+    assert torch.equal(model.lm_head.weight, source.lm_head.weight)

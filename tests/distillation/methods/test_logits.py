@@ -75,7 +75,9 @@ def own_nets(classes: int = 10) -> Iterator[None]:
     """`models.build` makes the two nets of this file; weights of a file "given" are those they have."""
     from dist_compress import models, outcome
 
-    def build(config: Any, num_classes: int, seed: int, vocab_size: int | None = None) -> nn.Module:
+    def build(
+        config: Any, num_classes: int, seed: int, vocab_size: int | None = None, whole: bool = False
+    ) -> nn.Module:
         teacher = "teacher" in config.kwargs
         torch.manual_seed(seed + teacher)
         return TeacherNet(classes) if teacher else Student()
