@@ -26,7 +26,7 @@ class Layout:
     """Reads it off the parameters: a plain tensor is whole on every rank, a DTensor (FSDP2) knows its place.
 
     All of it is local and about the moment between two steps, when a sharded model is sharded: after an evaluation
-    FSDP2 needs `reshard()` first. A backend with partitions of its own overrides the first four.
+    FSDP2 needs `reshard()` first. A backend with partitions of its own overrides what is above `is_whole`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -70,6 +70,9 @@ class Layout:
         if isinstance(self.model.get_parameter(name), DTensor):
             return self.wrapped(name, torch.empty_like(self.local(name), dtype=dtype))
         return torch.empty(self.shape(name), dtype=dtype)
+
+    def publish(self) -> None:
+        """`local` was written to: bring it into what the model computes with, if that is another tensor. Collective."""
 
     def is_whole(self, name: str) -> bool:
         """Every rank holds all of it; the same on every rank."""

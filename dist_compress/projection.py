@@ -7,7 +7,8 @@ functions under a key; they are applied in the order of `KEYS`, so a mask comes 
 added first.
 
 What a rank holds of a parameter, its latent and the tensors that functions see are one shape: that of
-`layout.local`. Everything here is local: no collective.
+`layout.local`. All is local, but that `project` and `restore` let a layout `publish` what they wrote, which is
+collective where the model computes with copies of what is stepped (ZeRO).
 """
 
 from __future__ import annotations
@@ -119,14 +120,19 @@ class Projection:
                     function.apply_(parameter)
                 elif function is not None:
                     parameter.copy_(function(parameter))
+        if parameters:
+            self.layout.publish()
         self.projected = True
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """parameter := latent. Does nothing when restored already."""
+    def restore(self, publish: bool = True) -> None:
+        """parameter := latent. Does nothing when restored already. `publish`: the model may be called before the
+        optimizer's step."""
         if not self.projected:
             return
         _copy([self.layout.local(name) for name in self._latents], list(self._latents.values()))
+        if self._latents and publish:
+            self.layout.publish()
         self.projected = False
 
     @contextmanager

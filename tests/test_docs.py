@@ -82,7 +82,7 @@ def schema(cls: Any = config.Config, key: str = "") -> Iterator[tuple[str, str, 
 
 def test_the_configuration_page_has_every_key_with_its_type_and_default():
     found = {row[0].strip("`"): tuple(row[1:3]) for row in rows(text("docs/config.md")) if len(row) == 4}
-    own = [row for name in ("ddp", "fsdp") for row in schema(backends.find(name)[1], "backend")]
+    own = [row for name in ("ddp", "fsdp", "deepspeed") for row in schema(backends.find(name)[1], "backend")]
     assert found == {key: (kind, default) for key, kind, default in [*schema(), *own]}
 
 

@@ -10,7 +10,9 @@ from dist_compress.backends.backend import Backend
 from dist_compress.config import Config, merge
 from dist_compress.errors import UserError
 
-_ROOMS = ("backend", "ordered", "unsharding")  # files that are no backends
+_ROOMS = (  # files that are no backends
+    "backend", "ordered", "unsharding", "zero_config", "zero_layout", "zero_library", "zero_partitions",
+)  # fmt: skip
 
 
 def build(config: Config) -> tuple[Config, Backend]:

@@ -52,6 +52,11 @@ class Backend:
         self.model, self.layout = model, Layout(model)
         return model
 
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Given what `wrap` returned and an optimizer of its parameters: the module to call in training, and what
+        `step` and `moments` are given. `layout` is true from here on. Collective."""
+        return module, optimizer
+
     def release(self) -> None:
         """Take what wraps the model off it, in place; parameters that lie in parts become meta tensors. Whoever needs
         them has read them before. Local."""

@@ -58,10 +58,11 @@ class Trainer:
         self._build()
 
     def _build(self, source: Source | None = None) -> None:
-        self.module = self.backend.wrap(self.model, source, [n for m in self.methods for n in m.unsharded()])
+        module = self.backend.wrap(self.model, source, [n for m in self.methods for n in m.unsharded()])
+        self.names, undecayed = optim.trained(self.model), [n for m in self.methods for n in m.undecayed()]
+        optimizer = optim.build(self.config.optim, self.names, undecayed)
+        self.module, self.optimizer = self.backend.prepare(module, optimizer)
         self.projection.layout = self.backend.layout
-        self.names = optim.trained(self.model)
-        self.optimizer = optim.build(self.config.optim, self.names, [n for m in self.methods for n in m.undecayed()])
         self.norms = BatchNormTracker(self.model)
 
     def release(self) -> Parts:
@@ -127,7 +128,7 @@ class Trainer:
         self.projection.edit_gradients()
         if self.config.train.clip_norm is not None:
             means["grad_norm"] = self.backend.clip(self.config.train.clip_norm)
-        self.projection.restore()
+        self.projection.restore(publish=False)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
         self.backend.step(self.optimizer)
@@ -192,7 +193,6 @@ class Trainer:
         saving.load(self, state)
 
     def save(self) -> Path | None:
-        """Write a checkpoint of this step boundary into `run_dir`, if any."""
         return saving.write(self)
 
     def resume(self, folder: Path) -> None:

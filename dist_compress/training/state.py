@@ -84,6 +84,7 @@ def load_weights(model: nn.Module, layout: Layout, saved: Mapping[str, torch.Ten
     own = _parameters(model)
     for name in own:
         layout.local(name).copy_(layout.unwrapped(name, saved[name]))
+    layout.publish()
     model.load_state_dict({name: value for name, value in saved.items() if name not in own}, strict=False)
 
 
