@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import register_pytree_node
 
 from dist_compress.errors import UserError
 
@@ -27,7 +29,7 @@ def logits(output: Any) -> Any:
 @dataclass
 class Headless:
     """In place of logits, what they would be made of: hidden @ weight.T + bias. The fields are part of the graph of the
-    forward pass, where DistributedDataParallel looks for what was used."""
+    forward pass, where DistributedDataParallel looks for what was used, and FSDP2 for what its backward begins with."""
 
     hidden: torch.Tensor  # [n, tokens, H]
     weight: torch.Tensor  # [V, H]
@@ -35,15 +37,27 @@ class Headless:
     num_correct: torch.Tensor | None = None  # of the targets, once counted
 
 
+# FSDP2 hooks the tensors of an output, wherever they lie in it.
+register_pytree_node(
+    Headless,
+    lambda found: ([found.hidden, found.weight, found.bias], found.num_correct),
+    lambda leaves, num_correct: Headless(*leaves, num_correct),  # type: ignore[misc]
+)
+
+
 def call_headless(model: nn.Module, inputs: Any, key: str) -> Any:
     """Call `model` but for its output layer; the logits of the answer are a Headless. Raises UserError naming `key`
-    when it has no output layer of its own, or does more than return what the layer makes."""
+    when it has no output layer of its own, or does more than return what the layer makes. A layer that is sharded is
+    gathered for its forward pass alone, so what the loss computes with is a copy."""
     head = output_layer(model, key)
-    if head._forward_hooks:
+    if any(not hook.__module__.startswith("torch.distributed.") for hook in head._forward_hooks.values()):
         raise UserError(f"{key}=true: the output of the last layer is a target itself. Leave it out, or set false.")
 
+    parameters = (head.weight, *([] if head.bias is None else [head.bias]))
+    keep = torch.clone if any(isinstance(p, DTensor) for p in parameters) else _view
+
     def forward(hidden: torch.Tensor) -> Headless:
-        return Headless(hidden, head.weight.view_as(head.weight), head.bias)
+        return Headless(hidden, keep(head.weight), None if head.bias is None else keep(head.bias))
 
     head.forward = forward  # type: ignore[method-assign]
     try:
@@ -56,6 +70,10 @@ def call_headless(model: nn.Module, inputs: Any, key: str) -> Any:
     finally:
         del head.forward
     return output
+
+
+def _view(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view_as(tensor)
 
 
 def output_layer(model: nn.Module, key: str) -> nn.Linear:

@@ -120,13 +120,12 @@ class Distiller(Method):
     def start(self) -> list[str]:
         """Let the teacher be the student as it is, beneath masks and quantizers. Collective if the student is sharded,
         one parameter after the other."""
-        assert self.teacher.model is not None
+        assert isinstance(self.teacher, OnlineTeacher)
         layout, here = self.context.projection.layout, self.context.model.state_dict()
-        with self.context.projection.lifted(), torch.no_grad():
+        with self.context.projection.lifted():
             own = {name: layout.local(name) for name, _ in self.context.model.named_parameters()}
             parts = Parts.of(layout, own)
-            for name, value in self.teacher.model.state_dict().items():
-                value.copy_(parts.whole(name) if name in own else here[name])
+            self.teacher.take(lambda name: parts.whole(name) if name in own else here[name])
         self.teaches = True
         return ["the student as it is now is the teacher from here on"]
 
@@ -187,14 +186,14 @@ class Distiller(Method):
     def state_dict(self) -> dict[str, Any]:
         none = torch.zeros(0, dtype=torch.int64)
         kept = {layer.name: none if layer.kept is None else layer.kept for layer in self.layers}
-        own = self.teacher.model if self.teaches and self.config.teacher.mode == "self" else None
-        weights = {} if own is None else own.state_dict()
+        own = self.teaches and self.config.teacher.mode == "self"
+        weights = self.teacher.state() if own and isinstance(self.teacher, OnlineTeacher) else {}
         return {"translators": self.translators.state_dict(), "kept": kept, "teacher": weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.translators.load_state_dict(state["translators"])
-        if state["teacher"] and self.teacher.model is not None:
-            self.teacher.model.load_state_dict(state["teacher"])
+        if state["teacher"] and isinstance(self.teacher, OnlineTeacher):
+            self.teacher.take(lambda name: state["teacher"][name].to(comm.device()))
             self.teaches = True
         for layer in self.layers:
             kept = state["kept"][layer.name].to(comm.device())

@@ -6,14 +6,20 @@ ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
-from dist_compress.calling import call, call_headless, output_layer
+from dist_compress.calling import Headless, call, call_headless, logits, output_layer
+from dist_compress.layout import Layout, local_part
+from dist_compress.parts import Parts
 
+FUSED = "task.fused_head"  # the key by which hidden states are asked for
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -22,7 +28,7 @@ class Teacher(Protocol):
 
     def __call__(self, batch: dict[str, Any], headless: bool = False) -> Any:
         """What it says of a batch: an output of the model (`headless`: with logits that are not made), or a
-        `stored.Stored`. Local."""
+        `stored.Stored`. Local, unless the teacher is sharded."""
         ...
 
     def note(self) -> str:
@@ -31,40 +37,80 @@ class Teacher(Protocol):
 
 
 class OnlineTeacher:
-    """A replica on every rank: `model` is changed to `precision`, eval mode and no gradients."""
+    """A network that is asked: `model`, changed to `precision`, eval mode and no gradients. A replica on every rank, or
+    sharded by `fully_shard` once it was in that precision."""
 
     def __init__(self, model: nn.Module, precision: str = "fp32") -> None:
         self.dtype, self.precision = DTYPES[precision], precision
-        self.model: nn.Module | None = model.to(self.dtype).eval().requires_grad_(False)
+        self.layout = Layout(model)
+        self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        if self.sharded:
+            other = {p.dtype for p in model.parameters() if p.is_floating_point()} - {self.dtype}
+            assert not other, f"shard the teacher once it is {self.dtype}: it is {other}"
+        else:
+            model = model.to(self.dtype)
+        self.model: nn.Module | None = model.eval().requires_grad_(False)
         self.size = sum(p.numel() for p in model.parameters())
-        self.rows = ""  # which ones of the output layer are here, in words
+        self.rows: slice | None = None  # of the output layer, that are asked for
+        self.told = ""
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any], headless: bool = False) -> Any:
+        """Collective if the model is sharded: every rank asks in every round, also with a dummy micro-batch."""
         assert self.model is not None and not self.model.training
         inputs = tree_map(self.cast, batch["inputs"])
-        return call_headless(self.model, inputs, "task.fused_head") if headless else call(self.model, inputs)
+        answer = call_headless(self.model, inputs, FUSED) if headless else call(self.model, inputs)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # else the root waits for a backward pass
+        if self.rows is not None:
+            found: Headless = logits(answer)
+            found.weight = found.weight[self.rows].clone()
+            found.bias = None if found.bias is None else found.bias[self.rows].clone()
+        return answer
 
     def keep_rows(self, rows: slice) -> None:
-        """Free the other rows of the output layer, from which only hidden states are asked then. Local. Raises
-        UserError."""
+        """Answer with these rows of the output layer alone, and free the others unless they are shared with another
+        module, or sharded. Only hidden states are asked from then on. Local. Raises UserError."""
         assert self.model is not None
-        head = output_layer(self.model, "task.fused_head")
+        head = output_layer(self.model, FUSED)
+        whole, own = len(head.weight), len(range(len(head.weight))[rows])
+        self.told = f", but for its output layer: {own:,} of {whole:,} rows here"
+        if self.sharded:
+            self.rows, self.told = rows, f"; {own:,} of {whole:,} rows of its output layer are used here"
+            return
         holders = [m for m in self.model.modules() if any(p is head.weight for p in m._parameters.values())]
-        tied, whole = len(holders) > 1, len(head.weight)
-        own = head.weight[rows] if tied else head.weight[rows].clone()  # a view of what the input needs whole
-        head.weight = nn.Parameter(own, requires_grad=False)
+        kept = head.weight[rows]  # a view, where the input needs it whole
+        if len(holders) > 1:
+            self.told = "; its output layer is its input embedding and stays whole"
+        head.weight = nn.Parameter(kept if len(holders) > 1 else kept.clone(), requires_grad=False)
         if head.bias is not None:
             head.bias = nn.Parameter(head.bias[rows].clone(), requires_grad=False)
-        self.rows = f", but for its output layer: {len(own):,} of {whole:,} rows here"
-        if tied:
-            self.rows = "; its output layer is its input embedding and stays whole"
 
     def cast(self, leaf: Any) -> Any:
         """Floating point numbers in the precision of the teacher."""
         return leaf.to(self.dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """The weights, whole on every rank. Collective if the model is sharded, one parameter after the other."""
+        assert self.model is not None
+        own = {name: self.layout.local(name) for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        parts = Parts.of(self.layout, own)
+        return {name: parts.whole(name) if name in own else t for name, t in self.model.state_dict().items()}
+
+    @torch.no_grad()
+    def take(self, whole: Callable[[str], torch.Tensor]) -> None:
+        """Set the weights, of which `whole(name)` are called in the same order on every rank. Local but for that."""
+        assert self.model is not None
+        own = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        for name, tensor in self.model.state_dict().items():
+            value = whole(name)
+            if name in own:
+                tensor, value = self.layout.local(name), self.layout.part(name, value)
+            tensor.copy_(value)
+
     def note(self) -> str:
         assert self.model is not None
-        name = type(self.model).__name__
-        return f"teacher: {name} with {self.size:,} parameters in {self.precision}, on every rank{self.rows}"
+        held = sum(local_part(p).numel() for p in self.model.parameters())
+        where = f"sharded: {held:,} of them on this rank" if self.sharded else "on every rank"
+        name, told = type(self.model).__name__, f"{where}{self.told}"
+        return f"teacher: {name} with {self.size:,} parameters in {self.precision}, {told}"

@@ -136,7 +136,7 @@ def test_drawn_entries_tell_the_rest_on_average(temperature):
     student = logits(300)[1:2].expand(tokens, 300).clone().requires_grad_()
     how = Divergence(temperature=temperature)
     loss, whole = topk_divergence(student, known, how), divergence(student[:1], values, how)
-    assert float(loss.mean()) == pytest.approx(float(whole), rel=1e-2) and float(loss.std()) > 0
+    assert float(loss.detach().mean()) == pytest.approx(float(whole.detach()), rel=1e-2)
     slopes = gradient(loss, student).mean(0), gradient(whole, student)[0]
     lumped = Encoding("topk_fp16", 300, 10, (1.0, 2.0))
     alone = lumped.decode(encode(lumped, values), temperature)
