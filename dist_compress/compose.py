@@ -33,6 +33,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
+        if "--local_rank" in message:
+            message += " is what DeepSpeed's launcher adds: give it --no_local_rank, or use torchrun"
         raise UserError(f"{message}. Flags: python -m dist_compress --help")
 
     parser.error = refuse  # type: ignore[method-assign]

@@ -61,17 +61,23 @@ class Projection:
         self._grad_masks: dict[str, Masked] = {}
         self._decays: dict[str, tuple[torch.Tensor, float]] = {}
         self._latents: dict[str, torch.Tensor] = {}
+        self._spoken_of: set[str] = (
+            set()
+        )  # what was added or removed, the same on every rank: `_functions` is not, as a
+        # mask that removes nothing here needs none
         self._first: dict[str, str] = {}  # of every name of a parameter, as it was when somebody asked
 
     def add(self, name: str, key: str, fn: Function) -> None:
         """Let `fn(latent) -> compressed`, pure and of the latent's shape, act on parameter `name` from the
-        next `project` on. Replaces what stands under `key`."""
+        next `project` on. Replaces what stands under `key`. Where one rank calls this, the others do or `remove`."""
         assert key in KEYS, f"unknown projection key {key!r}: one of {KEYS}"
+        self._spoken_of.add(self.owner(name))
         self._functions.setdefault(self.owner(name), {})[key] = fn
 
     def remove(self, name: str, key: str) -> None:
         """Take the function of `key` away. The parameter keeps what it holds until the next `project`."""
         name = self.owner(name)
+        self._spoken_of.add(name)
         functions = self._functions.get(name, {})
         functions.pop(key, None)
         if not functions and self._functions.pop(name, None) is not None and name in self._latents:
@@ -120,7 +126,7 @@ class Projection:
                     function.apply_(parameter)
                 elif function is not None:
                     parameter.copy_(function(parameter))
-        if parameters:
+        if self._spoken_of:
             self.layout.publish()
         self.projected = True
 
@@ -131,7 +137,7 @@ class Projection:
         if not self.projected:
             return
         _copy([self.layout.local(name) for name in self._latents], list(self._latents.values()))
-        if self._latents and publish:
+        if self._spoken_of and publish:
             self.layout.publish()
         self.projected = False
 
@@ -176,6 +182,9 @@ class Projection:
     def finish(self) -> None:
         """Leave the compressed weights in the parameters for good and drop latents, functions and rules."""
         self.project()
+        if self._spoken_of:  # what was removed while it was projected
+            self.layout.publish()
+        self._spoken_of.clear()
         self._functions.clear()
         self._grad_masks.clear()
         self._decays.clear()

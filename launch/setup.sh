@@ -31,6 +31,7 @@ needed_extra() { # $@: overrides of a job
   case " $* " in *" model=timm "* | *" model=hf "* | *" model=llama "* | *" model=bert "* | *recipe=llama_* | *recipe=bert_*)
     extras+=(models) ;; esac
   case " $* " in *onnx* | *recipe=resnet_ptq* | *recipe=resnet_qat* | *recipe=resnet_fusion*) extras+=(onnx) ;; esac
+  case " $* " in *" backend=deepspeed "* | *" backend.name=deepspeed "*) extras+=(deepspeed) ;; esac
   (IFS=,; echo "${extras[*]:-}")
 }
 

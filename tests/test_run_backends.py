@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from whole_runs import killed_at
 
 RUN = [
     "+recipe=smoke",
@@ -42,6 +43,9 @@ BACKENDS = {
     "fsdp 2": (2, ["backend=fsdp", "backend.wrap=[Block]"]),
     "fsdp 4": (4, ["backend=fsdp", "backend.min_params=500"]),
     "hsdp 4": (4, ["backend=fsdp", "backend.replicas=2"]),
+    "zero-1 3": (3, ["backend=deepspeed", "backend.stage=1"]),
+    "zero-2 2": (2, ["backend=deepspeed", "backend.stage=2"]),
+    "zero-3 4": (4, ["backend=deepspeed", "backend.stage=3"]),
 }
 
 
@@ -76,3 +80,57 @@ def test_the_same_decisions_and_losses(ranks: Any, tmp_path: Path, one_rank: dic
     assert found["decisions"] == one_rank["decisions"]
     assert found["losses"] == pytest.approx(one_rank["losses"], rel=1e-6)
     assert found["loss/after"] == pytest.approx(one_rank["loss/after"], rel=1e-5)
+
+
+def killed_run(run_dir: str, step: int, *overrides: str) -> None:
+    with killed_at(step):
+        whole_run(run_dir, "checkpoint.every_steps=1", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("step", "first", "then"),
+    [(6, "zero-1 3", "zero-3 4"), (7, "ddp 2", "zero-2 2")],
+)
+def test_zero_resumes_what_another_backend_began(
+    ranks: Any, tmp_path: Path, one_rank: dict[str, Any], step: int, first: str, then: str
+) -> None:
+    """Masked and quantized, between decisions."""
+    n, overrides = BACKENDS[first]
+    ranks(n, killed_run, str(tmp_path), step, *overrides)
+    assert not (tmp_path / "summary.json").exists()
+    n, overrides = BACKENDS[then]
+    found = ranks(n, whole_run, str(tmp_path), "checkpoint.every_steps=1", *overrides)[0]
+    assert found["decisions"] == one_rank["decisions"]
+    assert found["losses"] == pytest.approx(one_rank["losses"], rel=1e-6)
+
+
+CUT = [
+    "speedup.enabled=true",
+    "pruning.sparse_ratio=0.4",
+    "pruning.config_list=[{op_types: [Linear], granularity: out_channel, dependency_group_id: auto}]",
+    "quantization=none",
+    "distillation=none",
+]
+
+
+def cut_run(run_dir: str, *overrides: str) -> dict[str, Any]:
+    return whole_run(run_dir, *CUT, *overrides)
+
+
+@pytest.fixture(scope="module")
+def cut_on_one(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return ranks(1, cut_run, str(tmp_path_factory.mktemp("cut")))[0]
+
+
+@pytest.mark.parametrize(("first", "then"), [("zero-1 3", "zero-2 2"), ("zero-2 2", "zero-3 4"), ("zero-3 4", "ddp 2")])
+def test_zero_shrinks_and_resumes_what_is_small(
+    ranks: Any, tmp_path: Path, cut_on_one: dict[str, Any], first: str, then: str
+) -> None:
+    n, overrides = BACKENDS[first]
+    ranks(n, killed_run, str(tmp_path), 10, *CUT, *overrides)
+    n, overrides = BACKENDS[then]
+    found = ranks(n, cut_run, str(tmp_path), "checkpoint.every_steps=1", *overrides)[0]
+    for name in ("decisions", "fingerprint/plan", "macs/after"):
+        assert found[name] == cut_on_one[name]
+    assert found["verify/max_rel_diff"] < 1e-5
+    assert found["losses"] == pytest.approx(cut_on_one["losses"], rel=1e-6)

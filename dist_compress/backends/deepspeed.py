@@ -124,7 +124,7 @@ class DeepSpeed(Ddp):
         self.engine.module_forward_pre_hook.remove()
         self.engine.module_forward_post_hook.remove()
         if self.sharded:
-            zero_library.forget(self.model)
+            zero_library.forget(self.unwrap())
             self.snapshot.restore()
             del self.partitions
         del self.engine

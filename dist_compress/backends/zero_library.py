@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from dist_compress import comm
 from dist_compress.errors import UserError
@@ -26,7 +27,7 @@ def load() -> Any:
     except ImportError as error:
         raise UserError(
             f"backend=deepspeed: DeepSpeed cannot be imported ({error}). Install it: "
-            "pip install deepspeed --no-build-isolation, or choose backend=fsdp, which needs nothing more."
+            "pip install 'dist_compress[deepspeed]', or choose backend=fsdp, which needs nothing more."
         ) from None
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)  # by its own calls
     deepspeed.utils.logger.setLevel("ERROR")  # its warnings are about options that it is given here
@@ -47,7 +48,10 @@ def load() -> Any:
     return deepspeed
 
 
-def forget(model: Any) -> None:
-    """Drop the reference to a model that ZeRO-3 keeps for as long as the process lives. Local."""
+def forget(model: nn.Module) -> None:
+    """Drop what ZeRO-3 keeps of a model for as long as the process lives, and what it leaves on its modules. Local."""
+    for module in model.modules():
+        for name in ("applied_pre_backward_ref_cnt", "ds_grads_remaining"):
+            vars(module).pop(name, None)
     stack = importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK
     stack[:] = [module for module in stack if module is not model]

@@ -66,6 +66,11 @@ def test_a_changed_pyproject_and_another_extra_are_installed(project):
     assert any(call.endswith(f"{project}[models]") for call in launch(project, "run", "model=timm"))
 
 
+def test_backends_bring_their_extra(project):
+    call = next(c for c in launch(project, "run", "backend=deepspeed", "backend.stage=2") if "pip install" in c)
+    assert call.endswith(f"{project}[deepspeed]")
+
+
 RECIPES = sorted(path.stem for path in (ROOT / "conf/recipe").glob("*.yaml"))
 
 
