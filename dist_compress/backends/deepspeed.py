@@ -139,9 +139,9 @@ class DeepSpeed(Ddp):
         return nullcontext()
 
     def backward(self, loss: torch.Tensor, round: int, last: bool) -> None:
-        """DeepSpeed divides sums of gradients by the number of ranks."""
         if self.used:
-            self.engine.backward(loss * comm.world_size(), scale_wrt_gas=False)
+            times = 1 if zero_config.sums(self.options) else comm.world_size()
+            self.engine.backward(loss * times, scale_wrt_gas=False)
         else:
             super().backward(loss, round, last)
 

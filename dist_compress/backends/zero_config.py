@@ -60,9 +60,16 @@ def compose(config: Config, options: Any, num_ranks: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
     }
+    if sums(options):
+        told["gradient_allreduce_op"] = "sum"
     if config.train.precision == "bf16":  # no module's gradients are summed in bfloat16
         told["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return told
+
+
+def sums(options: Any) -> bool:
+    """Whether DeepSpeed sums gradients over the ranks; stage 3 can only take means of them."""
+    return options.stage < 3
 
 
 def _read(options: Any, config: Config, rounds: int) -> dict[str, Any]:
