@@ -61,10 +61,9 @@ class Projection:
         self._grad_masks: dict[str, Masked] = {}
         self._decays: dict[str, tuple[torch.Tensor, float]] = {}
         self._latents: dict[str, torch.Tensor] = {}
-        self._spoken_of: set[str] = (
-            set()
-        )  # what was added or removed, the same on every rank: `_functions` is not, as a
-        # mask that removes nothing here needs none
+        # What was added or removed, the same on every rank; `_functions` is not: a mask that removes nothing here needs
+        # none.
+        self._spoken_of: set[str] = set()
         self._first: dict[str, str] = {}  # of every name of a parameter, as it was when somebody asked
 
     def add(self, name: str, key: str, fn: Function) -> None:
