@@ -57,6 +57,8 @@ def _clean(size: int | None) -> None:
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    for name in ("LOCAL_RANK", "DS_ACCELERATOR"):  # DeepSpeed's, which others take for torchrun's
+        os.environ.pop(name, None)
     comm.calls.clear()
 
 

@@ -28,6 +28,14 @@ NUM_MICRO, STEPS = 5, 4
 STAGES = (0, 1, 2, 3)
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """DeepSpeed's variables, which others take for torchrun's, are gone after each test of this process."""
+    for name in ("LOCAL_RANK", "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
 class Mlp(nn.Module):
     """A tied layer, a layer that nothing uses, a frozen one; the smallest parameters are empty on a rank."""
 
