@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shlex
 import signal
 import sys
@@ -25,11 +24,7 @@ from dist_compress.errors import UserError
 
 _YIELD_S = 1  # torchrun blames the first to exit and stops the others: not the one that only lost contact
 _TOLD_BY_RANK_0_S = 15  # how long the other ranks wait for rank 0 to say what they all found
-_NOTICE_S = 0.2  # a connection may break before its process has quite ended
 _LAST_WORDS_S = 2  # torchrun's SIGTERM: time to say which collective lost contact
-_LOST_CONTACT = re.compile(
-    r"connection (closed|reset|refused)|broken pipe|timed? ?out|connectFullMesh|remote process", re.IGNORECASE
-)
 
 
 def main() -> NoReturn:
@@ -77,18 +72,18 @@ def _run(config: Config) -> int:
 
 def _tell(error: BaseException, config: Config) -> int:
     """Show what ended this rank, unless another rank has shown it; keep it in this rank's log. The exit code. Local."""
-    from dist_compress import comm, run_folder
+    from dist_compress import comm, roll_call, run_folder
 
     trace = "".join(traceback.format_exception(error)).rstrip()
-    lost_contact = isinstance(error, RuntimeError) and _LOST_CONTACT.search(str(error))
+    lost_contact = isinstance(error, roll_call.LostContact) or roll_call.is_sign(error)
     if isinstance(error, UserError):
         text = f"error: {error}"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         text = f"error: run_dir={config.run_dir}: {error}. Free space, then start the same command again."
     elif lost_contact:
-        time.sleep(_NOTICE_S)
-        text = f"error: rank {comm.rank()} lost contact with another rank in {_collective(error)}: "
-        text += f"{comm.who_is_gone()}. With run_dir={config.run_dir} it goes on from its last checkpoint, if any."
+        text = (
+            f"error: {roll_call.hold(error)} With run_dir={config.run_dir} it goes on from its last checkpoint, if any."
+        )
     elif isinstance(error, KeyboardInterrupt):
         text = "interrupted"
     else:
@@ -100,20 +95,6 @@ def _tell(error: BaseException, config: Config) -> int:
     if lost_contact or not first:
         time.sleep(_YIELD_S)
     return 2 if isinstance(error, UserError) else 1
-
-
-def _collective(error: BaseException) -> str:
-    """The collective that failed, with the line that called comm.py; else the innermost place of ours."""
-    place, called_at, collective = "", "", ""
-    frames = traceback.extract_tb(error.__traceback__)
-    for caller, frame in zip(frames, frames[1:], strict=False):
-        if f"{os.sep}dist_compress{os.sep}" in frame.filename:
-            place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
-            if frame.filename.endswith("comm.py") and not called_at:
-                called_at = f"{os.path.basename(caller.filename)}:{caller.lineno}"
-        elif frame.filename.endswith("distributed_c10d.py"):
-            collective = frame.name
-    return f"{collective or 'a collective'}, called at {called_at or place}"
 
 
 def _device() -> str:
@@ -157,9 +138,19 @@ def _exit_refused(error: UserError) -> NoReturn:
 
 
 def _exit_soon(signum: int, frame: FrameType | None) -> None:
+    threading.Thread(target=_tell_who_is_gone, daemon=True).start()
     timer = threading.Timer(_LAST_WORDS_S, os._exit, (128 + signum,))
     timer.daemon = True
     timer.start()
+
+
+def _tell_who_is_gone() -> None:
+    """torchrun stops the others when a rank dies, also those that would not have noticed yet. Local."""
+    from dist_compress import comm, roll_call, run_folder
+
+    if (gone := roll_call.gone()) and comm.claim("error"):
+        place = f" in {roll_call.here}" if roll_call.here.inside else ""
+        run_folder.console.say(f"error: rank {comm.rank()} was told to stop{place}: {gone}.")
 
 
 def _exit_flushed(code: int) -> NoReturn:

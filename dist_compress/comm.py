@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,8 +20,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
+from dist_compress import roll_call
 from dist_compress.errors import UserError
+from dist_compress.roll_call import here
 
 T = TypeVar("T")
 
@@ -33,6 +35,7 @@ _patient: dist.ProcessGroup | None = None  # gloo group in which the others wait
 _alone = False  # this rank acts as if there were no others
 _PATIENCE = timedelta(days=2)  # a rank that dies is noticed at once all the same: its connections close
 _device = torch.device("cpu")
+_set_timeout = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout  # the name in older torch
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
@@ -60,10 +63,10 @@ def init(
     timeout = timedelta(seconds=timeout_s)
     _store = store or _environment_store(rank, timeout)
     backend = "nccl" if device == "cuda" else "gloo"
-    _store.set(f"place/{rank}", f"{socket.gethostname()} {os.getpid()}")
+    roll_call.start(_store, rank, size, timeout_s)
     dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=timeout)
     _objects = dist.new_group(backend="gloo", timeout=timeout) if device == "cuda" else None  # type: ignore
-    _patient = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]
+    _patient = _patient_group(timeout)
 
 
 def _environment_store(rank: int, timeout: timedelta) -> dist.Store:
@@ -79,15 +82,26 @@ def _environment_store(rank: int, timeout: timedelta) -> dist.Store:
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
 
 
-def join() -> None:
-    """Use the group that the user's own program has set up, if any. Collective."""
-    global _objects, _patient, _device
+def join(timeout_s: float) -> None:
+    """Use the group that the user's own program has set up, if any. Collective. Its own timeout stays; `timeout_s` is
+    that of the groups added here."""
+    global _store, _objects, _patient, _device
     if not is_initialized() or _patient is not None:
         return
+    timeout = timedelta(seconds=timeout_s)
+    _store = dist.PrefixStore("dist_compress", c10d._get_default_store())
+    roll_call.start(_store, rank(), world_size(), timeout_s)
     if dist.get_backend() == "nccl":
         _device = torch.device("cuda", torch.cuda.current_device())
-        _objects = dist.new_group(backend="gloo")  # type: ignore[assignment]
-    _patient = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]
+        _objects = dist.new_group(backend="gloo", timeout=timeout)  # type: ignore[assignment]
+    _patient = _patient_group(timeout)
+
+
+def _patient_group(timeout: timedelta) -> Any:
+    """To connect takes `timeout` at the most, like everything else; to wait in it `_PATIENCE`. Collective."""
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    _set_timeout(_PATIENCE, group)  # type: ignore[arg-type]
+    return group
 
 
 def shutdown(wait: bool = True) -> None:
@@ -97,6 +111,7 @@ def shutdown(wait: bool = True) -> None:
         if wait:
             barrier()
         dist.destroy_process_group()
+    roll_call.stop()
     _store = _objects = _patient = None
 
 
@@ -144,7 +159,8 @@ def all_reduce(t: torch.Tensor, op: str = "sum") -> torch.Tensor:
     """`t`, reduced in place over the ranks by "sum", "max" or "min". Collective."""
     calls["all_reduce"] += 1
     if is_initialized():
-        dist.all_reduce(t, _OPS[op])
+        with here("all_reduce"):
+            dist.all_reduce(t, _OPS[op])
     return t
 
 
@@ -154,7 +170,8 @@ def all_gather(t: torch.Tensor) -> torch.Tensor:
     if not is_initialized():
         return t.clone()[None]
     out = t.new_empty(world_size(), *t.shape)
-    dist.all_gather(list(out.unbind(0)), t.contiguous())
+    with here("all_gather"):
+        dist.all_gather(list(out.unbind(0)), t.contiguous())
     return out
 
 
@@ -167,7 +184,8 @@ def all_to_all(send: Sequence[torch.Tensor], receive: Sequence[int]) -> list[tor
     if not is_initialized():
         return list(send)
     out = send[0].new_empty(sum(receive))
-    dist.all_to_all_single(out, torch.cat(list(send)), list(receive), [len(part) for part in send])
+    with here("all_to_all"):
+        dist.all_to_all_single(out, torch.cat(list(send)), list(receive), [len(part) for part in send])
     return list(out.split(list(receive)))
 
 
@@ -175,7 +193,8 @@ def broadcast(t: torch.Tensor, src: int = 0) -> torch.Tensor:
     """`t`, overwritten in place with the one of rank `src`. Collective."""
     calls["broadcast"] += 1
     if is_initialized():
-        dist.broadcast(t, src)
+        with here("broadcast"):
+            dist.broadcast(t, src)
     return t
 
 
@@ -185,7 +204,8 @@ def broadcast_object(obj: T, src: int = 0, patient: bool = False) -> T:
     if not is_initialized():
         return obj
     box = [obj]
-    dist.broadcast_object_list(box, src, group=_patient if patient else _objects)
+    with here("broadcast_object"):
+        dist.broadcast_object_list(box, src, group=_patient if patient else _objects)
     return box[0]
 
 
@@ -195,7 +215,8 @@ def gather_object(obj: T) -> list[T]:
     if not is_initialized():
         return [obj]
     out: list[Any] = [None] * world_size()
-    dist.all_gather_object(out, obj, group=_objects)
+    with here("gather_object"):
+        dist.all_gather_object(out, obj, group=_objects)
     return out
 
 
@@ -203,7 +224,8 @@ def barrier() -> None:
     """Wait for every rank. Collective."""
     calls["barrier"] += 1
     if is_initialized():
-        dist.barrier(group=_objects)
+        with here("barrier"):
+            dist.barrier(group=_objects)
 
 
 class OrderedSum:
@@ -239,7 +261,8 @@ class OrderedSum:
             padded[:, : self.size] = rows
             sent = padded.view(count, size, self.width).transpose(0, 1).contiguous()
             received = torch.empty_like(sent)  # [rank the row came from, its row, our columns]
-            dist.all_to_all_single(received, sent)
+            with here("ordered_sum"):
+                dist.all_to_all_single(received, sent)
         for micro in range(num_rows):
             self.slice += received[micro % size, micro // size]
 
@@ -330,41 +353,9 @@ def sum_hook(state, bucket):  # type: ignore[no-untyped-def]
     (torch compares the annotations of a hook with its own types, so strings of them are no use here.)
     """
     calls["sum_hook"] += 1
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    with here("sum_hook"):
+        work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
-
-
-def who_is_gone() -> str:
-    """Which ranks of this node have ended, in words, for the report on a lost contact. Local; never waits long.
-
-    Ranks of other nodes are only named: whether they live is known there.
-    """
-    here, gone, elsewhere = socket.gethostname(), [], []
-    try:
-        places = [_store.get(f"place/{r}").decode().split() for r in range(world_size())] if _store else []
-    except RuntimeError:
-        return "the store of the run is gone, and rank 0 or its torchrun with it"
-    for r, (host, process) in enumerate(places):
-        if host != here:
-            elsewhere.append(f"{r} on {host}")
-        elif not _lives(int(process)):
-            gone.append(f"rank {r} (process {process})")
-    if gone:
-        return f"{', '.join(gone)} on {here} is gone"
-    return "all ranks of this node live" + (f", others are {', '.join(elsewhere)}" if elsewhere else "")
-
-
-def _lives(process: int) -> bool:
-    """Whether a process of this machine runs; one that ended and is not yet collected does not."""
-    try:
-        os.kill(process, 0)
-    except OSError:
-        return False
-    try:
-        with open(f"/proc/{process}/stat") as stat:  # pid (name) state ..
-            return stat.read().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:  # no /proc: not Linux
-        return True
 
 
 def claim(name: str) -> bool:

@@ -95,7 +95,7 @@ class Attached:
                 f"{kind} cannot be used: {optim.REFUSED[kind]}, so its state is not elementwise and cannot follow "
                 "masks and slices. Choose for example SGD or AdamW."
             )
-        comm.join()
+        comm.join(config.backend.timeout_s)
         self.config, self.optimizer, self.example = config, optimizer, example
         self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.micro_batches, self.step_count, self.micro = micro_batches, 0, 0

@@ -7,8 +7,14 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import types
+
+
+def endless():
+    while True:
+        time.sleep(1.0)
 
 
 def run(config):
@@ -21,13 +27,19 @@ def run(config):
     print(f"rank {rank} of {comm.world_size()}", flush=True)
     if mode == "user_error":
         raise UserError("data.root='nowhere': no such folder.")
-    steps = 1000 if mode == "killed" else 3
+    if mode.endswith("at work"):  # "0 killed at work": rank 0 alone works for long, and that rank is killed
+        if rank == int(mode[0]):
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        comm.on_rank0(lambda: time.sleep(60))
+    steps = 1000 if mode in ("killed", "asleep") else 3
     for step in range(steps):
         comm.all_reduce(torch.ones(1))
         time.sleep(0.05)
         if rank == 1 and step == 2:
             if mode == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if mode == "asleep":
+                endless()
             if mode == "bug":
                 raise KeyError("a fault of ours")
     if rank == 0:
