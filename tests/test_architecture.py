@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dist_compress"
 
 # Top to bottom: a module imports only from lower lines, and modules of one line never import each other.
 LAYERS = [
-    ["__main__"],
+    ["__main__", "node"],
     ["sweep", "own_loop"],
     ["compose", "run_folder", "own_folder"],
     ["run"],

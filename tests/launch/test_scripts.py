@@ -93,14 +93,10 @@ def test_sweep_is_one_plain_python(project):
     assert call == "python -m dist_compress --multirun launch.nproc_per_node=2 +recipe=smoke seed=1,2"
 
 
-def test_multinode_takes_the_rendezvous_from_the_environment(project):
-    assert launch(project, "multinode", code=1) == []
-    where = {"NNODES": "2", "MASTER_ADDR": "10.0.0.1", "RUN_ID": "7", "NPROC_PER_NODE": "8"}
-    call = launch(project, "multinode", "+recipe=smoke", **where)[-1]
-    assert call == (
-        "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=10.0.0.1:29400 "
-        "--rdzv-id=7 -m dist_compress +recipe=smoke"
-    )
+def test_multinode_sets_up_and_leaves_the_rest_to_a_module(project):
+    script = (project / "launch/multinode").read_text()
+    assert "NPROC_PER_NODE=$num_ranks exec" in script
+    assert launch(project, "multinode", "+recipe=smoke")[-1] == "python -m dist_compress.node +recipe=smoke"
 
 
 def test_test_installs_the_test_extra(project):
