@@ -148,7 +148,9 @@ def _tell_who_is_gone() -> None:
     """torchrun stops the others when a rank dies, also those that would not have noticed yet. Local."""
     from dist_compress import comm, roll_call, run_folder
 
-    if (gone := roll_call.gone()) and comm.claim("error"):
+    gone = roll_call.gone()  # at once: later the others have gone for the same signal
+    time.sleep(_LAST_WORDS_S / 2)  # the main thread may have noticed and tell more
+    if gone and comm.claim("error"):
         place = f" in {roll_call.here}" if roll_call.here.inside else ""
         run_folder.console.say(f"error: rank {comm.rank()} was told to stop{place}: {gone}.")
 

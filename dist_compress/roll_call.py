@@ -38,8 +38,10 @@ class LostContact(RuntimeError):
 
 
 def is_sign(error: BaseException) -> bool:
-    """Whether `error` is how torch says that another rank is gone or late."""
-    return isinstance(error, RuntimeError) and _SIGNS.search(str(error)) is not None
+    """Whether `error` is how torch says that another rank is gone or late; a data loader may time out as well."""
+    text = str(error)
+    ours = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text.lower())
+    return ours and _SIGNS.search(text) is not None
 
 
 class Here:
@@ -88,7 +90,7 @@ class _RollCall:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float) -> None:
         self.store, self.rank, self.world_size, self.timeout_s = _own_connection(store), rank, world_size, timeout_s
-        self.store.set(f"place/{rank}", f"{socket.gethostname()} {os.getpid()}")
+        self.store.set(f"place/{rank}", json.dumps([_machine(), os.getpid()]))
         self.answered, self.lock = False, threading.Lock()
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._listen, name="roll call", daemon=True)
@@ -168,13 +170,13 @@ class _RollCall:
 
     def gone(self) -> str:
         """The ranks of this machine whose process has ended, in words, or ""."""
-        host, gone = socket.gethostname(), []
+        here, gone = _machine(), []
         for r in range(self.world_size):
             if r != self.rank and self.store.check([f"place/{r}"]):
-                where, process = self.store.get(f"place/{r}").decode().split()
-                if where == host and not _lives(int(process)):
+                machine, process = json.loads(self.store.get(f"place/{r}"))
+                if machine == here and not _lives(process):
                     gone.append(f"rank {r} (process {process})")
-        return f"{', '.join(gone)} on {host} is gone" if gone else ""
+        return f"{', '.join(gone)} on {socket.gethostname()} is gone" if gone else ""
 
 
 here = Here()
@@ -247,6 +249,15 @@ def _short(path: str) -> str:
 
 def _list(ranks: list[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if ranks else ""
+
+
+def _machine() -> str:
+    """What ranks have in common that see each other's processes: not the name, which containers may share."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as boot:
+            return boot.read().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux
+        return socket.gethostname()
 
 
 def _lives(process: int) -> bool:

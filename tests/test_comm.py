@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import RankError
 
-from dist_compress import comm
+from dist_compress import comm, roll_call
 from dist_compress.errors import UserError
 
 SIZES = (1, 2, 3, 4)
@@ -101,6 +101,7 @@ def act_alone() -> tuple:
     """Everything of comm.py inside `alone`, on rank 0; the other ranks never enter a collective of the group."""
 
     def work() -> tuple:
+        entered = roll_call.here.number
         with comm.alone():
             comm.barrier()
             comm.check_equal("what rank 0 holds", 7, step=0)
@@ -118,6 +119,7 @@ def act_alone() -> tuple:
                 comm.own_slot(9).tolist(),
                 comm.sum_together([torch.tensor([8])])[0].tolist(),
                 comm.on_rank0(lambda: "nested"),
+                roll_call.here.number - entered,  # collectives of the group
             )
 
     found = comm.on_rank0(work)
@@ -133,7 +135,7 @@ def act_alone() -> tuple:
 
 def test_alone_rank_0_is_the_only_rank_and_touches_no_group(ranks):
     first, second = ranks(2, act_alone)
-    local = (0, 1, [3, 4], [[5]], [[1, 2]], [6], "o", ["g"], [3.0] * 3, [9], [8], "nested")
+    local = (0, 1, [3, 4], [[5]], [[1, 2]], [6], "o", ["g"], [3.0] * 3, [9], [8], "nested", 0)
     assert first == (local, False, 2, [0, 1])
     assert second == (local, True, 2, [0, 1])
 

@@ -3,6 +3,7 @@
 So what the command line does around a run can be tested in seconds. STAND_IN says what happens in it.
 """
 
+import datetime
 import json
 import os
 import signal
@@ -31,6 +32,8 @@ def run(config):
         if rank == int(mode[0]):
             threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
         comm.on_rank0(lambda: time.sleep(60))
+    if mode == "asleep":
+        comm._set_timeout(datetime.timedelta(seconds=3))
     steps = 1000 if mode in ("killed", "asleep") else 3
     for step in range(steps):
         comm.all_reduce(torch.ones(1))
