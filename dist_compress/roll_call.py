@@ -79,10 +79,11 @@ class Here:
         """E.g. "on_rank0 (broadcast_object), called at run.py:88"."""
         function = getattr(self.function, "co_qualname", self.function and self.function.co_name)
         name = self.name if function == self.name else f"{function} ({self.name})"
-        if self.caller is None:  # a thread of torch
+        code, at = self.caller, self.at
+        if code is None:  # a thread of torch
             return name
-        lines = [line for start, end, line in self.caller.co_lines() if start <= self.at < end]
-        return f"{name}, called at {_short(self.caller.co_filename)}:{lines[0] if lines else '?'}"
+        lines = [line for start, end, line in code.co_lines() if start <= at < end]
+        return f"{name}, called at {_short(code.co_filename)}:{lines[0] if lines else '?'}"
 
 
 class _RollCall:
@@ -90,7 +91,7 @@ class _RollCall:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float) -> None:
         self.store, self.rank, self.world_size, self.timeout_s = _own_connection(store), rank, world_size, timeout_s
-        self.store.set(f"place/{rank}", json.dumps([_machine(), os.getpid()]))
+        self.store.set(f"place/{rank}", json.dumps([_machine(), os.getpid(), socket.gethostname()]))
         self.answered, self.lock = False, threading.Lock()
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._listen, name="roll call", daemon=True)
@@ -140,14 +141,14 @@ class _RollCall:
             return f"rank {self.rank} lost contact with another rank in {where}: {gone}."
         stories: dict[str, list[int]] = {}
         for r in range(self.world_size):
-            if story := self._story(answers.get(r), where):
+            if story := self._story(answers[r], where) if r in answers else self._silence(r):
                 stories.setdefault(story, []).append(r)
         missing = _list(sorted(r for ranks in stories.values() for r in ranks))
         head = f"rank {self.rank} waited in vain in {where}"
         if not missing:
             return f"{head}. All ranks are in it: what they send does not fit, or the network between them failed."
         if here.inside:
-            head += f" (collective {here.number} of the run): {missing} did not come."
+            head += f" (collective {here.number} of the run); missing: {missing}."
         else:
             head += f", which does not tell who is missing. The others: {missing}."
         lines = [f"  {_list(ranks)}: {story}" for story, ranks in list(stories.items())[:_NUM_STORIES]]
@@ -158,10 +159,15 @@ class _RollCall:
         there = [r for r in sorted(ranks) if self.store.check([f"roll_call/at/{r}"])]
         return {r: json.loads(self.store.get(f"roll_call/at/{r}")) for r in there}
 
-    def _story(self, answer: dict[str, Any] | None, where: str) -> str:
+    def _silence(self, r: int) -> str:
+        if not self.store.check([f"place/{r}"]):
+            return "has not started"
+        _, process, host = json.loads(self.store.get(f"place/{r}"))
+        why = "it or its machine is gone, or it is stuck in code that lets no other thread run"
+        return f"no answer from process {process} on {host}: {why}"
+
+    def _story(self, answer: dict[str, Any], where: str) -> str:
         """What a rank does instead of the collective that this one is in; "" when it is in it."""
-        if answer is None:
-            return "no answer: its process or machine is gone, or is stuck in code that lets no other thread run"
         number = answer["number"]
         if answer["in"]:
             return "" if (number, answer["in"]) == (here.number, where) else f"in collective {number}, {answer['in']}"
@@ -170,11 +176,11 @@ class _RollCall:
 
     def gone(self) -> str:
         """The ranks of this machine whose process has ended, in words, or ""."""
-        here, gone = _machine(), []
+        ours, gone = _machine(), []
         for r in range(self.world_size):
             if r != self.rank and self.store.check([f"place/{r}"]):
-                machine, process = json.loads(self.store.get(f"place/{r}"))
-                if machine == here and not _lives(process):
+                machine, process, _ = json.loads(self.store.get(f"place/{r}"))
+                if machine == ours and not _lives(process):
                     gone.append(f"rank {r} (process {process})")
         return f"{', '.join(gone)} on {socket.gethostname()} is gone" if gone else ""
 

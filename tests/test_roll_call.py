@@ -30,7 +30,7 @@ def apart(mode: str) -> tuple[str, str]:
     """In a group of its own that gives up soon, rank 1 of three goes another way: what it did, what the rank raised."""
     size, rank, store = comm.world_size(), comm.rank(), comm._store
     comm.shutdown()
-    roll_call.POLL_S = 0.2
+    roll_call.POLL_S, roll_call._ANSWER_S = 0.2, 1.0
     own = dist.PrefixStore(mode, store)
     if mode == "astray":  # in the group of a program of one's own
         dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=timedelta(seconds=60))
@@ -41,7 +41,13 @@ def apart(mode: str) -> tuple[str, str]:
     try:
         comm.check_equal("what all hold", 1, step=0)
         comm._set_timeout(SOON)
-        if rank == 1 and mode in ("asleep", "outside"):
+        if rank == 1 and mode == "silent":  # as a process of another machine that was killed
+            call = roll_call._roll_call
+            assert call is not None
+            call.ended.set()
+            call.thread.join()
+            time.sleep(3.0)
+        elif rank == 1 and mode in ("asleep", "outside"):
             asleep()
         elif rank == 1 and mode == "astray":
             comm.barrier()
@@ -54,7 +60,7 @@ def apart(mode: str) -> tuple[str, str]:
         assert mode == "outside" or isinstance(error, roll_call.LostContact) and text == str(error)
     finally:
         comm.shutdown(wait=False)
-        roll_call.POLL_S = 2.0
+        roll_call.POLL_S, roll_call._ANSWER_S = 2.0, 3.0
         comm.init(60.0, "cpu", store=dist.PrefixStore(f"{mode} over", store), rank=rank, world_size=size)
     return mode, text
 
@@ -68,7 +74,7 @@ def one_text(results: list[tuple[str, str]], ranks: tuple[int, ...]) -> str:
 
 HEAD = (
     r"^rank [02] waited in vain in sum_together \(all_reduce\), called at test_roll_call\.py:\d+ \(collective 2 of the "
-    r"run\): rank 1 did not come\.\n  rank 1: "
+    r"run\); missing: rank 1\.\n  rank 1: "
 )
 
 
@@ -88,7 +94,7 @@ def test_a_rank_in_another_collective_is_named_with_it(ranks):
     elsewhere = r"in collective 2, barrier, called at test_roll_call\.py:\d+\n"
     there = r"in collective 2, sum_together \(all_reduce\), called at test_roll_call\.py:\d+\n"
     if text.startswith("rank 1"):  # who gave up first tells it as it sees it
-        assert re.search(rf": ranks 0, 2 did not come\.\n  ranks 0, 2: {there}", text), text
+        assert re.search(rf"; missing: ranks 0, 2\.\n  ranks 0, 2: {there}", text), text
     else:
         assert re.search(HEAD + elsewhere, text), text
 
@@ -97,6 +103,11 @@ def test_a_wait_outside_of_comm_is_told_with_the_stacks(ranks):
     text = one_text(ranks(3, apart, "outside"), (0, 2))
     head = "rank [02] waited in vain in all_reduce, called at no line of dist_compress, which does not tell who is "
     assert re.match(head, text) and " in asleep: time.sleep(" in text, text
+
+
+def test_a_rank_of_another_machine_that_gives_no_answer_is_named_with_its_process(ranks):
+    results = ranks(3, apart, "silent")
+    assert re.search(HEAD + r"no answer from process \d+ on \S+: it or its machine is gone", one_text(results, (0, 2)))
 
 
 def test_nothing_is_sent_while_all_goes_well(ranks):
@@ -147,7 +158,7 @@ def test_a_run_with_a_rank_asleep_ends_with_one_message(tmp_path):
     said, codes = run("asleep", 3, tmp_path)
     assert codes == {0: 1, 1: 143, 2: 1}, said
     assert len(re.findall("error: rank [02] waited in vain in all_reduce, called at sitecustomize.py", said)) == 1
-    assert "rank 1 did not come." in said and re.search(r"sitecustomize\.py:\d+ in endless: time\.sleep", said), said
+    assert "; missing: rank 1." in said and re.search(r"sitecustomize\.py:\d+ in endless: time\.sleep", said), said
     assert said.count("error:") == 1 and "it goes on from its last checkpoint" in said
 
 
