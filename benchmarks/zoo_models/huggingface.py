@@ -107,6 +107,8 @@ _WAVES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+
+
 def cases() -> list[Case]:
     found = []
     for table, auto, inputs in (

@@ -97,7 +97,9 @@ class _Quantization(Noun[Setting]):
 QUANTIZATION = _Quantization()
 
 
-def resolve(config: QuantizationConfig, model: nn.Module, sites: Sites, reduce_range: bool = False) -> list[Setting]:
+def resolve(
+    config: QuantizationConfig, model: nn.Module, sites: Sites, reduce_range: bool = False
+) -> list[Setting]:
     """The targets in model order, every "default" settled. `reduce_range`: int8 weights have 7 bits. Local, the same on
     every rank. Raises UserError."""
     entries = config.config_list or [{"op_types": sorted({type(m).__name__ for m in model.modules()} & {*LAYERS})}]
@@ -257,3 +259,5 @@ def _check_fuse_names(value: Any, path: str) -> None:
     )
     if not good:
         raise UserError(f"{path}={value!r} must be a list of lists of modules in a row, such as [[conv1, bn1, relu]].")
+
+

@@ -48,7 +48,9 @@ def test_constants_are_folded_behind_a_flatten(shrink):
 
 @pytest.mark.parametrize("size", [8, 1], ids=["image", "one pixel, where the planner sees no border"])
 def test_constants_before_padding_stay(shrink, size):
-    small, plan = shrink(chain(nn.GELU(), nn.Conv2d(8, 4, 3, padding=1)), image(size=size), {"0.weight": [1, 4, 6]})
+    small, plan = shrink(
+        chain(nn.GELU(), nn.Conv2d(8, 4, 3, padding=1)), image(size=size), {"0.weight": [1, 4, 6]}
+    )
     assert small[3].weight.shape == (4, 8, 3, 3)
     assert [(b.fqn, b.dim, b.count) for b in plan.blocked] == [("0.weight", 0, 3)]
     assert "cannot fold" in plan.blocked[0].reason
@@ -103,6 +105,8 @@ def test_a_constant_of_each_place_depends_on_the_number_of_places(shrink, pool):
 
 @pytest.mark.parametrize("pool", ["mean", "amax"])
 def test_a_constant_everywhere_is_folded_behind_a_global_pool(shrink, pool):
-    model = Net(lambda m, x: m.b(getattr(torch.sigmoid(m.a(x)), pool)((2, 3))), a=nn.Conv2d(3, 8, 3), b=nn.Linear(8, 3))
+    model = Net(
+        lambda m, x: m.b(getattr(torch.sigmoid(m.a(x)), pool)((2, 3))), a=nn.Conv2d(3, 8, 3), b=nn.Linear(8, 3)
+    )
     small, _ = shrink(model, lambda batch: torch.randn(batch, 3, 7 + batch, 8), both("a", [1, 2]))
     assert small.b.in_features == 6
