@@ -34,6 +34,14 @@ def is_moment(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
+def each_moment(state: State, change: Callable[[str, torch.Tensor], torch.Tensor]) -> State:
+    """`state` with `change(parameter name, tensor)` in the place of every moment; scalars stay."""
+    return {
+        name: {key: change(name, value) if is_moment(value) else value for key, value in values.items()}
+        for name, values in state.items()
+    }
+
+
 def load_by_name(optimizer: torch.optim.Optimizer, names: Names, state: State) -> None:
     """Put a saved (or sliced) state into a new optimizer. Local. Every name and shape must fit."""
     packed = optimizer.state_dict()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from dist_compress import comm
 from dist_compress.exchange import Exchange, Span
+from dist_compress.fingerprint import fingerprint_of, tensor_fingerprints
 from dist_compress.layout import Layout, Run
 
 
@@ -41,6 +43,23 @@ def join(local: torch.Tensor, holdings: Sequence[Sequence[Run]], shape: torch.Si
     flat = local.reshape(-1)
     packed = flat.dtype == torch.bool
     return exchange.move(exchange.pick(lambda _: flat), lambda _: flat, packed)[0].view(shape)
+
+
+def check_copies(layout: Layout, names: Sequence[str], step: int) -> None:
+    """Raise RuntimeError on every rank unless those that hold the same parts of parameters hold the same bits: the
+    replicas of HSDP. Collective, unless there are no names."""
+    if not names:
+        return
+    own = fingerprint_of(tensor_fingerprints({name: layout.local(name) for name in names}))
+    marks = comm.gather_object(own)
+    first: dict[Any, int] = {}  # the first rank that holds these parts
+    for r, mark in enumerate(marks):
+        other = first.setdefault(tuple(tuple(layout.runs(name, r)) for name in names), r)
+        if marks[other] != mark:
+            raise RuntimeError(
+                f"Ranks {other} and {r} hold the same parts of the weights with other bits at step {step}: their "
+                f"fingerprints are {marks[other]!r} and {mark!r}. They no longer train one model."
+            )
 
 
 def gather_to_rank0(model: nn.Module, parts: Parts) -> None:

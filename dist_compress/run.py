@@ -28,7 +28,7 @@ from dist_compress.fingerprint import fingerprint_of, tensor_fingerprints
 from dist_compress.layout import Layout
 from dist_compress.method import Context, Method
 from dist_compress.outcome import Outcome
-from dist_compress.parts import Parts, gather_to_rank0
+from dist_compress.parts import Parts, check_copies, gather_to_rank0
 from dist_compress.projection import Projection
 from dist_compress.reporting.reporter import Reporter
 from dist_compress.slices import slice_masks
@@ -192,9 +192,10 @@ class Job:
         return metrics
 
     def _check_replicas(self) -> None:
-        """Of all that every rank holds whole: the model, or what is not sharded of it."""
-        layout = self.backend.layout
+        """Of what several ranks hold: the model, or what is not sharded of it, and the parts of replicas."""
+        layout = self.projection.layout
         parts = {name for name, _ in self.model.named_parameters() if not layout.is_whole(name)}
+        check_copies(layout, sorted(parts), self.trainer.step)
         marks = tensor_fingerprints({n: t for n, t in self.model.state_dict().items() if n not in parts})
         try:
             comm.check_equal("fingerprint of the weights", fingerprint_of(marks), self.trainer.step)
@@ -334,7 +335,8 @@ class Job:
         if self.length.total_steps and not checkpoint.has(self.run_dir, self.trainer.step):
             self.trainer.save()  # so that whatever stops the delivery, training is done
         if self.backend.sharded:
-            metrics = self.evaluate()
+            changes = any(method.adjective for method in self.methods)  # `finish` leaves another model
+            metrics = None if changes else self.evaluate()
             self.collect()
             stored = comm.on_rank0(lambda: self.finish_alone(metrics))
         else:
@@ -364,8 +366,8 @@ class Job:
         self.projection.finish()
         return distillation.write_store(self.config, self.model, self.data.train, self.augmentation)
 
-    def finish_alone(self, metrics: dict[str, float]) -> dict[str, float]:
-        """`finish` on rank 0, which holds the whole model. Rank 0 only."""
+    def finish_alone(self, metrics: dict[str, float] | None) -> dict[str, float]:
+        """`finish` on rank 0, which holds the whole model, and evaluates it alone. Rank 0 only."""
         with comm.alone():
             return self.finish(metrics)
 

@@ -58,7 +58,7 @@ def whole_run(run_dir: str, *overrides: str) -> dict[str, Any]:
 def bits(summary: dict[str, Any]) -> dict[str, Any]:
     names = (
         "fingerprint/plan", "fingerprint/weights", "fingerprint/scales", "loss/before", "loss/quantized",
-        "loss/masked", "loss/shrunk",
+        "loss/masked", "loss/shrunk", "loss/after",
     )  # fmt: skip
     return {name: summary[name] for name in names}
 

@@ -21,7 +21,7 @@ from torch import nn
 from dist_compress.config import Config
 from dist_compress.gradient_norm import total_norm
 from dist_compress.layout import Layout
-from dist_compress.moments import Names, State, is_moment, load_by_name, state_by_name
+from dist_compress.moments import Names, State, each_moment, load_by_name, state_by_name
 
 Source = Callable[[str], torch.Tensor]  # a whole parameter by its name, on every rank. Collective
 
@@ -98,15 +98,8 @@ class Backend:
 
     def moments(self, optimizer: torch.optim.Optimizer, names: Names) -> State:
         """{parameter: {key: what this rank holds of a moment, live, or a plain value}}. Local."""
-        return self._each_moment(state_by_name(optimizer, names), self.layout.unwrapped)
+        return each_moment(state_by_name(optimizer, names), self.layout.unwrapped)
 
     def load_moments(self, optimizer: torch.optim.Optimizer, names: Names, state: State) -> None:
         """The inverse, for an optimizer that has made no step. Local."""
-        load_by_name(optimizer, names, self._each_moment(state, self.layout.wrapped))
-
-    @staticmethod
-    def _each_moment(state: State, change: Callable[[str, torch.Tensor], torch.Tensor]) -> State:
-        return {
-            name: {key: change(name, value) if is_moment(value) else value for key, value in values.items()}
-            for name, values in state.items()
-        }
+        load_by_name(optimizer, names, each_moment(state, self.layout.wrapped))

@@ -57,10 +57,16 @@ class DeepSpeed(Ddp):
                 f"optim.name=Adagrad with backend.stage={options.stage}: DeepSpeed makes another Adagrad of it, "
                 "without its groups. Choose another optimizer, or backend.stage=0."
             )
+        if options.stage == 3 and config.task.fused_head:
+            raise UserError(
+                "task.fused_head=true with backend.stage=3: ZeRO-3 lets go of the output layer before the loss is "
+                "made. Set task.fused_head=false, backend.stage=2, or choose backend=fsdp."
+            )
         self.told = zero_config.compose(config, options, comm.world_size())
         self.used = comm.is_initialized()
         self.sharded = self.used and options.stage > 0
         self.library: Any = zero_library.load() if self.used else None
+        self.partitions: Any = None  # while the model is wrapped, and sharded
 
     @classmethod
     def can_be_exact(cls, options: Options) -> bool:
@@ -126,11 +132,11 @@ class DeepSpeed(Ddp):
         if self.sharded:
             zero_library.forget(self.unwrap())
             self.snapshot.restore()
-            del self.partitions
+        self.partitions = None
         del self.engine
 
     def rest(self) -> None:
-        if self.sharded:
+        if self.partitions is not None:
             self.partitions.rest()
 
     def sync_context(self, last: bool) -> AbstractContextManager[None]:
@@ -178,7 +184,7 @@ class _Called(nn.Module):
 
     def __init__(self, model: nn.Module, engine: Any) -> None:
         super().__init__()
-        self.model = model
+        self.module = model  # the name by which what is inside of a wrapper is found
         self.__dict__["engine"] = engine  # no child: it is a module around the same model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

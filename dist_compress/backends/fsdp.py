@@ -6,7 +6,8 @@ modules with `min_params` parameters. With `replicas` > 1 the ranks form that ma
 (HSDP): gathers stay inside a group.
 
 Exact (`train.exact`): gradients are reduced at every micro-batch and folded into float64 sums in the order of
-micro-batches, so that the weights have the bits that DDP gives them, at any number of ranks.
+micro-batches, so that the weights have the bits that DDP gives them, at any number of ranks. But where the input of a
+unit is also used outside of it, its gradients are added in another order: a block should be one unit, not its norm.
 
 On one rank there is nothing to shard: that of data parallel is used.
 """
@@ -63,6 +64,11 @@ class Fsdp(Ddp):
                 "depends on their number. Set train.exact=false, or backend.replicas=1."
             )
         self.sharded = comm.is_initialized()
+        if options.param_dtype != "fp32" and not self.sharded:
+            raise UserError(
+                f"backend.param_dtype={options.param_dtype}: there is one rank, so nothing is gathered. Set "
+                "train.precision=bf16 to compute in bfloat16, or start more ranks."
+            )
         self.sums: dict[FSDPModule, _ExactSum] = {}
         self.snapshots: list[Snapshot] = []
 
@@ -85,9 +91,9 @@ class Fsdp(Ddp):
             )
 
     def wrap(self, model: nn.Module, source: Source | None = None, whole: Collection[str] = ()) -> nn.Module:
+        self.check(model)
         if not self.sharded:
             return super().wrap(model, source, whole)
-        self.check(model)
         self.model = model
         if source is None:
             spread(model)

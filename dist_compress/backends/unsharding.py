@@ -35,9 +35,8 @@ class Snapshot:
         self.before = {module: set(vars(module)) for module in unit.modules()}
         names = {parameter: name for name, parameter in model.named_parameters()}
         self.places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}  # all under which a parameter is known
-        own = {
-            p for p in unit.parameters() if not hasattr(p, "placements") and p not in kept
-        }  # not in a unit inside this one
+        inner = [p for p in unit.parameters() if hasattr(p, "placements")]  # of units inside this one
+        own = set(unit.parameters()).difference(inner, kept)
         for module in model.modules():
             for key, parameter in module._parameters.items():
                 if parameter is not None and parameter in own:

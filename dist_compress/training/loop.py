@@ -68,8 +68,8 @@ class Trainer:
     def release(self) -> Parts:
         """Take `model` out of its wrapping, to be shrunk in place; `rebuild` has to follow. Returns what this rank
         holds of the parameters, which are meta tensors in the model from here on if they are sharded."""
-        layout, names = self.backend.layout, [name for name, _ in self.model.named_parameters()]
-        weights = Parts.of(layout, {name: layout.local(name) for name in names})
+        self.module, layout = self.model, self.backend.layout
+        weights = Parts.of(layout, {name: layout.local(name) for name, _ in self.model.named_parameters()})
         self._before, self._moments = weights, self.backend.moments(self.optimizer, self.names)
         self.norms.remove()
         self.backend.release()

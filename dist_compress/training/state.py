@@ -17,7 +17,7 @@ from torch import nn
 from dist_compress import comm
 from dist_compress.config import OptimConfig
 from dist_compress.layout import Layout, local_part
-from dist_compress.moments import State, Transform, is_moment
+from dist_compress.moments import State, Transform, each_moment, is_moment
 from dist_compress.parts import Parts, join
 from dist_compress.training import checkpoint
 from dist_compress.training.optim import check_weights
@@ -31,7 +31,7 @@ def of(trainer: Any) -> dict[str, Any]:
     layout = trainer.backend.layout
     with trainer.projection.lifted():
         model = weights(trainer.model, layout)
-    optim = moments(trainer.backend.moments(trainer.optimizer, trainer.names), layout)
+    optim = each_moment(trainer.backend.moments(trainer.optimizer, trainer.names), layout.wrapped)
     methods = [method.state_dict() for method in trainer.methods]
     return {"step": trainer.step, "model": model, "optim": optim, "methods": methods}
 
@@ -41,7 +41,7 @@ def load(trainer: Any, state: dict[str, Any]) -> None:
     layout = trainer.backend.layout
     trainer.projection.restore()
     load_weights(trainer.model, layout, state["model"])
-    trainer.backend.load_moments(trainer.optimizer, trainer.names, own_moments(state["optim"], layout))
+    trainer.backend.load_moments(trainer.optimizer, trainer.names, each_moment(state["optim"], layout.unwrapped))
     for method, saved in zip(trainer.methods, state["methods"], strict=True):
         method.load_state_dict(saved)
     trainer.step, trainer.settled = state["step"], True
@@ -80,28 +80,12 @@ def weights(model: nn.Module, layout: Layout) -> Tensors:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, layout: Layout, saved: Mapping[str, torch.Tensor]) -> None:
-    """The inverse of `weights`."""
+    """The inverse of `weights`, for a state of which `checkpoint.check_model` has seen that it has all names."""
     own = _parameters(model)
     for name in own:
         layout.local(name).copy_(layout.unwrapped(name, saved[name]))
     layout.publish()
     model.load_state_dict({name: value for name, value in saved.items() if name not in own}, strict=False)
-
-
-def moments(state: State, layout: Layout) -> State:
-    """Moments of what this rank holds, as `layout.wrapped` has them."""
-    return {
-        name: {key: layout.wrapped(name, value) if is_moment(value) else value for key, value in values.items()}
-        for name, values in state.items()
-    }
-
-
-def own_moments(state: State, layout: Layout) -> State:
-    """The inverse of `moments`."""
-    return {
-        name: {key: layout.unwrapped(name, value) if is_moment(value) else value for key, value in values.items()}
-        for name, values in state.items()
-    }
 
 
 def blank(path: str, size: torch.Size, dtype: torch.dtype, model: nn.Module, layout: Layout) -> torch.Tensor:

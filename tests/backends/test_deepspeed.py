@@ -335,6 +335,10 @@ def test_refuses_exact_sums_scalars_and_other_adagrads():
     with pytest.raises(UserError, match=r"^optim.name=Adagrad with backend.stage=2"):
         backends.build(told)
     told.optim.name, net = "AdamW", model()
+    told.task.fused_head, told.backend.options["stage"] = True, 3
+    with pytest.raises(UserError, match=r"^task.fused_head=true with backend.stage=3"):
+        backends.build(told)
+    told.task.fused_head, told.backend.options["stage"] = False, 2
     net.scale = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(UserError, match="scale is a scalar"):
         backends.build(told)[1].check(net)

@@ -15,7 +15,7 @@ from dist_compress.backends.fsdp import Options, units
 from dist_compress.config import Config
 from dist_compress.errors import UserError
 from dist_compress.layout import local_part
-from dist_compress.parts import Parts
+from dist_compress.parts import Parts, check_copies
 
 NUM_MICRO = 5
 
@@ -205,6 +205,30 @@ def refused(options: dict[str, Any], exact: bool = False, net: nn.Module | None 
 def test_refuses(ranks, options, exact, said):
     for found in ranks(3, refused, options, exact):
         assert found.startswith(said)
+
+
+def test_one_rank_gathers_nothing(ranks):
+    said = ranks(1, refused, {"param_dtype": "bf16"})[0]
+    assert "there is one rank, so nothing is gathered. Set train.precision=bf16" in said
+    assert "backend.wrap: no module" in ranks(1, refused, {"wrap": ["Blok"]})[0]
+
+
+def replicas_compared(drift: bool) -> str:
+    backend = backend_of("fsdp", False, replicas=2)
+    net = backend.wrap(Net())
+    if drift and comm.rank() == 3:
+        local_part(net.head.weight.detach()).view(-1)[0] += 1e-6
+    try:
+        check_copies(backend.layout, [name for name, _ in net.named_parameters()], 7)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_replicas_that_drifted_are_found(ranks):
+    assert ranks(4, replicas_compared, False) == [""] * 4
+    for said in ranks(4, replicas_compared, True):
+        assert said.startswith("Ranks 1 and 3 hold the same parts of the weights with other bits at step 7")
 
 
 def test_batchnorm_under_bfloat16_parameters_is_refused(ranks):
