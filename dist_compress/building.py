@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from dist_compress import comm, models
+from dist_compress.backends.answering import spread_answering
 from dist_compress.config import Config, ModelConfig
+from dist_compress.distillation.teacher import DTYPES
 from dist_compress.errors import UserError
 from dist_compress.training.data import Data
 from dist_compress.training.data.tokenizer import check_vocabulary
@@ -28,10 +30,11 @@ class Builder:
         return models.build(wanted, self.data.num_classes, self.config.seed, self.data.vocab_size, whole)
 
     def teacher(self) -> nn.Module:
-        """The network that a student learns from, with its weights, the same on every rank. Local."""
+        """The network that a student learns from, with its weights, the same on every rank. Collective if
+        `distillation.teacher.sharded`."""
         wanted = self.config.distillation.teacher.model
         if self.config.distillation.teacher.mode == "self":
-            return self.student()  # the weights come when it starts to teach
+            return self.shared(self.built(self.config.model))  # the weights come when it starts to teach
         if wanted.weights is None and wanted.target is None and not models.has_weights(wanted):
             raise UserError(
                 "distillation.teacher.model.weights is not set: a teacher with random weights teaches noise. Give a "
@@ -44,7 +47,15 @@ class Builder:
         if wanted.weights is not None:
             models.load_weights(model, wanted.weights, "distillation.teacher.model.weights")
         check_vocabulary(model, wanted, self.data.train, "distillation.teacher.model")
-        return self.placed(model)
+        return self.shared(model)
+
+    def shared(self, teacher: nn.Module) -> nn.Module:
+        """In its precision, spread over the ranks, if that is wanted; else on this rank's device."""
+        how = self.config.distillation.teacher
+        if not (how.sharded and comm.is_initialized()):
+            return self.placed(teacher)
+        spread_answering(teacher.to(DTYPES[how.precision]), self.config)
+        return teacher
 
     def placed(self, model: nn.Module) -> nn.Module:
         """On this rank's device, in the memory format of the run. Local."""

@@ -142,6 +142,7 @@ class TeacherConfig:
     store: str | None = None  # folder of a teacher store, for mode=store
     model: ModelConfig = field(default_factory=ModelConfig)  # with its weights
     precision: str = "fp32"  # fp32 | bf16 | fp16: of the teacher's weights and forward passes
+    sharded: bool = False  # each rank holds a part of its weights; else all of them
 
 
 @dataclass

@@ -11,7 +11,7 @@ from dist_compress.config import Config, merge
 from dist_compress.errors import UserError
 
 _ROOMS = (  # files that are no backends
-    "backend", "ordered", "unsharding", "zero_config", "zero_layout", "zero_library", "zero_partitions",
+    "answering", "backend", "ordered", "unsharding", "zero_config", "zero_layout", "zero_library", "zero_partitions",
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from dist_compress import comm
@@ -97,19 +97,17 @@ class Fsdp(Ddp):
         self.model = model
         if source is None:
             spread(model)
-        size, replicas = comm.world_size(), self.options.replicas
-        shape, names = ((replicas, size // replicas), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
-        mesh = init_device_mesh(comm.device().type, shape, mesh_dim_names=names)
         dtype = DTYPES[self.options.param_dtype]
         policy = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(dtype, torch.float32)
         kept = dict.fromkeys(model.get_parameter(name) for name in whole)
         self.ordered = OrderedGradients([p for p in kept if p.requires_grad], self.num_micro)
         how: dict[str, Any] = {"reshard_after_forward": self.options.reshard_after_forward, "mp_policy": policy}
+        how["mesh"] = mesh(self.options.replicas)
         self.snapshots = []
         for unit in units(model, self.options):
             snapshot = Snapshot(unit, model, kept)
             snapshot.fill(source)
-            fully_shard(unit, mesh=mesh, ignored_params=set(kept), **how)
+            fully_shard(unit, ignored_params=set(kept), **how)
             snapshot.taken()
             self.snapshots.append(snapshot)
         self.sums = {}
@@ -194,6 +192,14 @@ class _ExactSum:
             )
         self.total.add(input_tensor[None], self.num_live)
         output_tensor.copy_(self.total.slice)
+
+
+def mesh(replicas: int) -> DeviceMesh:
+    """All ranks, in so many groups that hold a model once each. Collective."""
+    size, kind = comm.world_size(), comm.device().type
+    if replicas == 1:
+        return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
 
 
 def units(model: nn.Module, options: Options) -> list[nn.Module]:

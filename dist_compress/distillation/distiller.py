@@ -46,6 +46,11 @@ def build(config: Config, split: Any, teacher_model: Callable[[], nn.Module]) ->
         name = config.distillation.method
         vocabulary.check(config, getattr(term_class(name, ROOT) if name else Term, "fuses", False))
     if config.distillation.teacher.mode == "store":
+        if config.distillation.teacher.sharded:
+            raise UserError(
+                "distillation.teacher.sharded=true with mode=store: there is no network to share out, each rank reads "
+                "the answers of its own samples. Set it to false, or mode=online."
+            )
         return [Distiller(config, StoreTeacher(config, split))]
     return [Distiller(config, OnlineTeacher(teacher_model(), config.distillation.teacher.precision))]
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from sharded_nets import shard
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from whole_runs import killed_at
 
 from dist_compress import comm, models
 from dist_compress.calling import Headless, call_headless, logits
@@ -183,3 +184,64 @@ def hooked() -> str:
 
 def test_a_hook_on_a_sharded_output_layer(ranks):
     assert all("the output of the last layer is a target itself" in text for text in ranks(2, hooked))
+
+
+SHARDED, EXACT = "distillation.teacher.sharded=true", "train.exact=true"
+LAYERS = ["task.fused_head=false", "distillation.config_list=[{op_names: [model.layers.1], method: fitnets}]"]
+SELF = ["distillation.teacher.mode=self", "distillation.teacher.start=1steps"]
+
+
+def teacher_of(run_dir: Path) -> str:
+    texts = [json.loads(line)["text"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    return next(text for text in texts if text.startswith("teacher: "))
+
+
+@pytest.mark.parametrize("more", [LAYERS, SELF], ids=["other", "self"])
+@pytest.mark.parametrize("backend", ["ddp", "fsdp"])
+def test_a_run_with_a_sharded_teacher_has_the_bits_of_one_rank(ranks, tmp_path, material, backend, more):
+    """With five micro-batches, so that a rank of two or three has a dummy."""
+    right = ranks(1, whole_run, str(material), str(tmp_path / "one"), EXACT, *more)[0]
+    for n in (2, 3):
+        found = ranks(n, whole_run, str(material), str(tmp_path / str(n)), f"backend={backend}", EXACT, SHARDED, *more)
+        assert found[0] == right and "sharded: " in teacher_of(tmp_path / str(n))
+
+
+def killed_run(folder: str, run_dir: str, *overrides: str) -> None:
+    with killed_at(2):
+        whole_run(folder, run_dir, "checkpoint.every_steps=1", *overrides)
+
+
+def test_a_sharded_teacher_of_its_own_student_is_resumed_elsewhere(ranks, tmp_path, material):
+    """Killed after it has got its weights, on three ranks with FSDP2; gone on with on two and on one."""
+    given = [EXACT, *SELF, "checkpoint.every_steps=1", "backend=fsdp", SHARDED]
+    right = ranks(1, whole_run, str(material), str(tmp_path / "one"), *given)[0]
+    for n in (2, 1):
+        ranks(3, killed_run, str(material), str(run_dir := tmp_path / str(n)), *given)
+        found = ranks(n, whole_run, str(material), str(run_dir), *given)[0]
+        assert found["mark"] == right["mark"] and found["series"][-1] == right["series"][-1]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["backend=fsdp", "distillation.teacher.mode=vocab"],
+        ["backend=deepspeed", "backend.stage=3", *LAYERS],
+        ["backend=deepspeed", "backend.stage=1"],
+    ],
+)
+def test_a_sharded_teacher_beside_plain_sums(ranks, tmp_path, material, more):
+    given = [word for word in more if not word.startswith(("backend", "distillation.teacher.mode"))]
+    right = ranks(1, whole_run, str(material), str(tmp_path / "one"), *given)[0]
+    found = ranks(2, whole_run, str(material), str(tmp_path / "two"), SHARDED, *more)[0]
+    assert found["series"] == pytest.approx(right["series"], rel=1e-6)
+
+
+def test_a_store_cannot_be_shared_out(ranks, tmp_path, material):
+    given = [
+        SHARDED,
+        "distillation.teacher.mode=store",
+        "task.fused_head=false",
+        f"distillation.teacher.store={tmp_path}",
+    ]
+    with pytest.raises(Exception, match="distillation.teacher.sharded=true with mode=store"):
+        ranks(2, whole_run, str(material), str(tmp_path / "run"), *given)
