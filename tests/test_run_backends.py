@@ -43,8 +43,10 @@ BACKENDS = {
     "fsdp 2": (2, ["backend=fsdp", "backend.wrap=[Block]"]),
     "fsdp 4": (4, ["backend=fsdp", "backend.min_params=500"]),
     "hsdp 4": (4, ["backend=fsdp", "backend.replicas=2"]),
+    "zero-1 2": (2, ["backend=deepspeed", "backend.stage=1"]),
     "zero-1 3": (3, ["backend=deepspeed", "backend.stage=1"]),
     "zero-2 2": (2, ["backend=deepspeed", "backend.stage=2"]),
+    "zero-3 2": (2, ["backend=deepspeed", "backend.stage=3"]),
     "zero-3 4": (4, ["backend=deepspeed", "backend.stage=3"]),
 }
 
@@ -54,7 +56,8 @@ def whole_run(run_dir: str, *overrides: str) -> dict[str, Any]:
 
     outcome.LATENCY_S = 0.05
     Path(run_dir).mkdir(exist_ok=True)
-    run.run(compose.compose(compose.parse([*RUN, *overrides, f"run_dir={run_dir}"])))
+    recipe = [] if overrides[:1] == ("+recipe=smoke",) else RUN
+    run.run(compose.compose(compose.parse([*recipe, *overrides, f"run_dir={run_dir}"])))
     facts = json.loads((Path(run_dir) / "facts.json").read_text())
     rows = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((Path(run_dir) / "summary.json").read_text())
@@ -134,3 +137,33 @@ def test_zero_shrinks_and_resumes_what_is_small(
         assert found[name] == cut_on_one[name]
     assert found["verify/max_rel_diff"] < 1e-5
     assert found["losses"] == pytest.approx(cut_on_one["losses"], rel=1e-6)
+
+
+GIVEN = [
+    "+recipe=smoke",
+    "data.image_size=8",
+    "train.exact=false",
+    "train.max_steps=2",
+    "train.eval_batch_size=180",
+    "optim.lr=0.0",  # the weights stay as they were given
+    "optim.kwargs={}",
+    "pruning.method=l1_norm",
+    "pruning.schedule={name: one_shot, start: 0.0, end: 0.0, num_decisions: 1}",
+    "pruning.config_list=[{op_types: [Conv2d], sparse_ratio: 0.5, global_group_id: all}]",
+    "export=[]",
+]
+
+
+def given_run(run_dir: str, *overrides: str) -> dict[str, Any]:
+    return whole_run(run_dir, *GIVEN, *overrides)
+
+
+def test_a_norm_decision_about_given_weights(ranks: Any, tmp_path: Path) -> None:
+    """Of a net with BatchNorm: the same channels are kept on every backend."""
+    right = ranks(2, given_run, str(tmp_path / "ddp"), *BACKENDS["ddp 2"][1])[0]
+    assert len(right["decisions"]) == 1 and right["macs/after"] < 0.7 * right["macs/before"]
+    for name in ("fsdp 2", "zero-1 2", "zero-2 2", "zero-3 2"):
+        n, overrides = BACKENDS[name]
+        found = ranks(n, given_run, str(tmp_path / name), *overrides)[0]
+        for mark in ("decisions", "fingerprint/masks", "fingerprint/plan"):
+            assert found[mark] == right[mark], name
