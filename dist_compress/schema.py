@@ -32,6 +32,22 @@ class TaskConfig:
 
 
 @dataclass
+class TrainConfig:
+    max_steps: int | None = None  # optimizer steps; wins over epochs
+    epochs: float = 1.0
+    global_batch_size: int = 64
+    micro_batch_size: int = 32
+    eval_batch_size: int | None = None  # None: micro_batch_size
+    exact: bool | None = False  # equal bits at any number of ranks; null: where the backend can
+    precision: str = "fp32"  # fp32 | bf16 (autocast)
+    clip_norm: float | None = None
+    sync_batchnorm: bool = False
+    channels_last: bool = False  # memory format of images and convolutions: often faster
+    num_threads: int | None = None  # CPU threads per rank; None: 1 when exact, else torch's choice
+    log_every_steps: int = 10
+
+
+@dataclass
 class SizeConfig:
     bytes: float | None = None  # of the quantized parameters; up to 1: a fraction of their float size
 
