@@ -59,6 +59,7 @@ def call_headless(model: nn.Module, inputs: Any, key: str) -> Any:
     def forward(hidden: torch.Tensor) -> Headless:
         return Headless(hidden, keep(head.weight), None if head.bias is None else keep(head.bias))
 
+    before = vars(head).get("forward")
     head.forward = forward  # type: ignore[method-assign]
     try:
         output = call(model, inputs)
@@ -69,6 +70,8 @@ def call_headless(model: nn.Module, inputs: Any, key: str) -> Any:
         raise UserError(f"{key}=true: {name} changes its logits after the output layer ({error}). Set false.") from None
     finally:
         del head.forward
+        if before is not None:
+            head.forward = before  # type: ignore[method-assign]
     return output
 
 

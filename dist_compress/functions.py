@@ -158,6 +158,9 @@ class Watched:
         )
 
 
+_WATCHED_CALL = Watched.__call__.__code__
+
+
 class Calls(TorchFunctionMode):
     """Inside, `act(function, index, operands, run)` takes the place of each call that `owner`'s forward makes of one of
     `functions`; `run(*operands)` is the call itself."""
@@ -195,13 +198,15 @@ def _runs_in(owner: nn.Module, frame: FrameType | None) -> bool:
     while frame is not None:
         if frame.f_code is _MODULE_CALL:
             return vars(frame.f_locals["self"]) is vars(owner)  # torch.export calls stand-ins with the same dict
+        if frame.f_code is _WATCHED_CALL:  # its forward alone runs again, not the call of the module
+            return frame.f_locals["self"].owner is owner
         frame = frame.f_back
     return False
 
 
 def _recomputed(frame: FrameType | None) -> bool:
     """Whether a part of the innermost module's forward is run by torch.utils.checkpoint."""
-    while frame is not None and frame.f_code is not _MODULE_CALL:
+    while frame is not None and frame.f_code not in (_MODULE_CALL, _WATCHED_CALL):
         if frame.f_code.co_filename == _CHECKPOINT:
             return True
         frame = frame.f_back

@@ -340,6 +340,7 @@ class Job:
             self.collect()
             stored = comm.on_rank0(lambda: self.finish_alone(metrics))
         else:
+            self.trainer.release()
             stored = self.finish()
         for name, number in stored.items():
             self.reporter.event(f"{name} {number:,}", self.trainer.step)

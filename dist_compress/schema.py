@@ -42,6 +42,7 @@ class TrainConfig:
     precision: str = "fp32"  # fp32 | bf16 (autocast)
     clip_norm: float | None = None
     sync_batchnorm: bool = False
+    activation_checkpointing: list[str] = field(default_factory=list)  # class names of modules that run again
     channels_last: bool = False  # memory format of images and convolutions: often faster
     num_threads: int | None = None  # CPU threads per rank; None: 1 when exact, else torch's choice
     log_every_steps: int = 10

@@ -17,8 +17,8 @@ tensors of such a function should be parameters or buffers below the module it a
 the function is an object that knows the module (or is a submodule itself), `copy.deepcopy` of the model acts with the
 copy. (A submodule of an nn.Sequential would run as one of its layers; give it a buffer instead.) Several functions on
 one site run in the order in which they were put there. They see every call, evaluation and tracing (`concrete_trace`)
-included; with activation checkpointing a module runs twice. A tensor that is kept must be cloned if what follows works
-in place.
+included, and with activation checkpointing a second one in the backward pass (dist_compress.recompute). A tensor that
+is kept must be cloned if what follows works in place.
 
 Everything here is local: no collective.
 """

@@ -29,7 +29,7 @@ LAYERS = [
     ["projection", "exchange", "statistic", "tracing", "slices", "gradient_norm"],
     ["layout"],
     ["fingerprint", "target", "selection", "blocks", "linear_form", "calling", "comm"],
-    ["duration", "hashing", "functions", "moments", "roll_call"],
+    ["duration", "hashing", "functions", "moments", "recompute", "roll_call"],
     ["config", "multihead"],
     ["schema"],
     ["strict"],

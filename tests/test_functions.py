@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_compress.errors import UserError
 from dist_compress.functions import AttentionCall, Call, Calls, Watched
+from dist_compress.recompute import Recompute, recomputing
 
 
 class Script(nn.Module):
@@ -183,6 +184,20 @@ def test_a_forward_that_runs_again_in_the_backward_pass_counts_from_zero(reentra
     assert torch.equal(out, 2 * (X + Y).square())
     out.sum().backward()
     assert torch.equal(x.grad, 4 * (X + Y)) and seen == [0, 1, 0, 1]
+
+
+def test_a_forward_that_runs_again_without_its_module_counts_from_zero():
+    """As `train.activation_checkpointing` does it."""
+    module, again, seen = Script(lambda _, x, y: (x + y) * (y + x)), Recompute(["Script"]), []
+    for i, call in enumerate(watched(module, "add", 2, 0, 1)):
+        call.register_forward_hook(lambda _, operands, output, i=i: output * (i + 1))
+        call.register_forward_hook(lambda *_, i=i: seen.append((i, recomputing())))
+    again.put_on(module)
+    x = X.clone().requires_grad_()
+    module(x, Y).sum().backward()
+    assert torch.equal(x.grad, 4 * (X + Y)) and seen == [(0, False), (1, False), (0, True), (1, True)]
+    again.take_off()
+    assert isinstance(module.forward, Watched)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -22,6 +22,7 @@ from dist_compress.config import Config
 from dist_compress.gradient_norm import total_norm
 from dist_compress.layout import Layout
 from dist_compress.moments import Names, State, each_moment, load_by_name, state_by_name
+from dist_compress.recompute import Recompute
 
 Source = Callable[[str], torch.Tensor]  # a whole parameter by its name, on every rank. Collective
 
@@ -34,6 +35,7 @@ class Backend:
     def __init__(self, config: Config, options: Any = None) -> None:
         """`options`: the `Options` of the backend's file. Raises UserError for what it cannot do."""
         self.options, self.exact = options, bool(config.train.exact)
+        self.recompute = Recompute(config.train.activation_checkpointing)
         self.num_micro = config.train.global_batch_size // config.train.micro_batch_size
         self.model: nn.Module | None = None
 
@@ -50,6 +52,7 @@ class Backend:
         rank 0's buffers. `source`: where weights come from if the parameters of `model` are on the meta device.
         `whole`: names of the parameters that stay whole on every rank."""
         self.model, self.layout = model, Layout(model)
+        self.recompute.put_on(model)
         return model
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -60,6 +63,7 @@ class Backend:
     def release(self) -> None:
         """Take what wraps the model off it, in place; parameters that lie in parts become meta tensors. Whoever needs
         them has read them before. Local."""
+        self.recompute.take_off()
 
     def unwrap(self) -> nn.Module:
         """The user's model. Local."""

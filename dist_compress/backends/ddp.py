@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_compress import comm
 from dist_compress.backends.backend import Backend, Source
 from dist_compress.backends.ordered import OrderedGradients
-from dist_compress.layout import Layout
 
 
 @dataclass
@@ -32,7 +31,7 @@ class Options:
 
 class Ddp(Backend):
     def wrap(self, model: nn.Module, source: Source | None = None, whole: Collection[str] = ()) -> nn.Module:
-        self.model, self.layout = model, Layout(model)
+        super().wrap(model, source, whole)
         self.ddp: DistributedDataParallel | None = None
         self.ordered = OrderedGradients([p for p in model.parameters() if p.requires_grad], self.num_micro)
         spread(model)
@@ -58,6 +57,7 @@ class Ddp(Backend):
             self.ordered.finish()
 
     def release(self) -> None:
+        super().release()
         self.ddp = None
 
 

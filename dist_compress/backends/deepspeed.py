@@ -95,6 +95,7 @@ class DeepSpeed(Ddp):
                 "ZeRO cannot leave so. Choose a method of quantization without learned scales (qat), or backend=fsdp."
             )
         self.model = model
+        self.recompute.put_on(model)
         if source is None:
             spread(model)
         self.snapshot = Snapshot(model, model, owner="deepspeed")
@@ -124,6 +125,7 @@ class DeepSpeed(Ddp):
         return _Called(self.model, self.engine), self.engine.optimizer
 
     def release(self) -> None:
+        self.recompute.take_off()
         if not self.used:
             return
         self.engine.destroy()

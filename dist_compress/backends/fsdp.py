@@ -95,6 +95,7 @@ class Fsdp(Ddp):
         if not self.sharded:
             return super().wrap(model, source, whole)
         self.model = model
+        self.recompute.put_on(model)
         if source is None:
             spread(model)
         dtype = DTYPES[self.options.param_dtype]
@@ -122,6 +123,7 @@ class Fsdp(Ddp):
         return model
 
     def release(self) -> None:
+        self.recompute.take_off()
         for snapshot in reversed(self.snapshots):
             snapshot.restore()
         self.snapshots = []

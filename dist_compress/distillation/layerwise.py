@@ -31,6 +31,7 @@ from dist_compress.distillation.tokens import Tokens, tokens_of
 from dist_compress.distillation.translators import Translators
 from dist_compress.errors import UserError
 from dist_compress.method import Context
+from dist_compress.recompute import recomputing
 from dist_compress.sites import Site, Sites, see
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Tap:
         self.tensor: torch.Tensor | None = None
 
     def __call__(self, tensor: torch.Tensor) -> None:
-        if not self.training or torch.is_grad_enabled():
+        if not recomputing() and (not self.training or torch.is_grad_enabled()):
             self.tensor = tensor.clone()  # what follows may work in place
 
     def __deepcopy__(self, memo: Any) -> Tap:

@@ -13,6 +13,7 @@ from dist_compress.pruning.activations import Activation, Activations
 from dist_compress.pruning.listener import UnitListener
 from dist_compress.pruning.metric import Metric
 from dist_compress.pruning.units import UnitSet
+from dist_compress.recompute import recomputing
 from dist_compress.sites import replace
 from dist_compress.statistic import Statistic
 
@@ -67,11 +68,13 @@ class Hearing(UnitListener):
             if not self.awake or not torch.is_grad_enabled():  # or an evaluation
                 return x
             if not metric.wants_gradients:
-                add(x.detach(), None)
+                if not recomputing():
+                    add(x.detach(), None)
                 return x
             x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()  # its gradient by this way alone
-            value = x.detach().clone()  # what follows may overwrite it in place
-            x.register_hook(lambda grad: add(value, grad))
+            if not recomputing():
+                value = x.detach().clone()  # what follows may overwrite it in place
+                x.register_hook(lambda grad: add(value, grad))
             return x
 
         return hear

@@ -13,6 +13,7 @@ from dist_compress.errors import UserError
 from dist_compress.linear_form import input_rows, weight_rows
 from dist_compress.pruning.listener import Listener
 from dist_compress.pruning.metric import Metric
+from dist_compress.recompute import recomputing
 
 
 class Inputs(Listener):
@@ -32,7 +33,7 @@ class Inputs(Listener):
 
     def _hook(self, name: str) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not (self.awake and torch.is_grad_enabled()):  # without gradients: an evaluation
+            if not (self.awake and torch.is_grad_enabled()) or recomputing():  # without gradients: an evaluation
                 return
             given = args[0] if args else next(iter(kwargs.values()))
             found = self.metrics[name].input_statistic(input_rows(module, given.detach()))

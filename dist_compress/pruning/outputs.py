@@ -16,6 +16,7 @@ from dist_compress.blocks import activation_dim
 from dist_compress.pruning.listener import UnitListener
 from dist_compress.pruning.metric import Metric
 from dist_compress.pruning.units import UnitSet
+from dist_compress.recompute import recomputing
 
 
 class Outputs(UnitListener):
@@ -35,7 +36,7 @@ class Outputs(UnitListener):
 
     def _hook(self, uses: list[tuple[int, int, torch.Tensor]]) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            if not (self.awake and torch.is_grad_enabled()):  # without gradients: an evaluation
+            if not (self.awake and torch.is_grad_enabled()) or recomputing():  # without gradients: an evaluation
                 return
             heard = [use for use in uses if not self.metrics[use[0]].wants_gradients]
             self._add(heard, _by_sample(module, output.detach()), None)

@@ -28,6 +28,7 @@ from dist_compress.quantization.granularity import Granularity, carried, extent,
 from dist_compress.quantization.holding import Holding
 from dist_compress.quantization.observer import Measured, Observer
 from dist_compress.quantization.search import STEPS
+from dist_compress.recompute import recomputing
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class FakeQuantize(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The activation as the next module sees it, of the shape and dtype of `x`."""
-        if self.hearing and self.observer is not None:
+        if self.hearing and self.observer is not None and not recomputing():
             self.measured.append(self.observer.measure(x))
         if not self.enabled:
             return x

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dist_compress import comm
 from dist_compress.errors import UserError
+from dist_compress.recompute import recomputing
 
 
 class BatchNormTracker:
@@ -74,7 +75,7 @@ class BatchNormTracker:
             hook.remove()
 
     def _record(self, norm: Any, args: Any, output: Any) -> None:
-        if self.recording and norm.training:
+        if self.recording and norm.training and not recomputing():
             record, width = self._records[norm], norm.num_features
             record[:width] += norm.running_mean
             record[width:-1] += norm.running_var
