@@ -117,6 +117,11 @@ class Method:
         """No decision follows, and the model is about to be shrunk: leave in it what a plan is made of, masked weights
         for good, and take off what stands in the way. Collective."""
 
+    def substitutes(self) -> bool:
+        """Whether the model computes with other numbers than its own while this is attached. Then what `detach` leaves
+        in it is no ground to fold a constant on. Local, the same on every rank."""
+        return False
+
     def rebase(self, transform: Callable[[Tensors], Tensors]) -> None:
         """The model was shrunk in place since `detach`: `transform({parameter name: tensor})` slices tensors alike.
         Collective. Of what is masked, only what stays (zeros that could not be removed) is kept up."""

@@ -301,7 +301,8 @@ class Job:
 
         def plan() -> Plan:
             model = self.model if zeros is None else on_meta(self.model)
-            settings = {"round_to": self.config.speedup.round_to, "masks": zeros, **self.settings()}
+            fold = not any(method.substitutes() for method in self.methods)
+            settings = {"round_to": self.config.speedup.round_to, "masks": zeros, "fold": fold, **self.settings()}
             return speedup.plan(model, *self.example, **settings)
 
         found = comm.on_rank0(plan)

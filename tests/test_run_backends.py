@@ -139,6 +139,15 @@ def test_zero_shrinks_and_resumes_what_is_small(
     assert found["losses"] == pytest.approx(cut_on_one["losses"], rel=1e-6)
 
 
+def test_rows_that_die_of_a_quantized_net_stay_or_change_nothing(ranks: Any, tmp_path: Path) -> None:
+    """A row without weights still has a bias, which reaches the next layer as a rounded input times rounded weights."""
+    cut = ["speedup.enabled=true", "pruning.sparse_ratio=0.9", "distillation=none"]
+    found = ranks(1, whole_run, str(tmp_path / "quantized"), *cut)[0]
+    assert found["verify/quantized_max_rel_diff"] < 1e-12 and found["params/after"] < found["params/before"]
+    float_run = ranks(1, whole_run, str(tmp_path / "float"), *cut, "quantization=none")[0]
+    assert float_run["params/after"] < found["params/after"]  # there they are folded
+
+
 GIVEN = [
     "+recipe=smoke",
     "data.image_size=8",

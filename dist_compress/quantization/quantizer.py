@@ -196,6 +196,9 @@ class Quantizer(Method):
             quantizer.enabled = False
         self.shrink = Shrink(self.context, self.activations)
 
+    def substitutes(self) -> bool:
+        return self.begun
+
     def added(self) -> list[str]:
         return self.shrink.added()
 

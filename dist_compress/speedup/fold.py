@@ -18,8 +18,11 @@ from dist_compress.speedup.structure import Contraction, Structure
 _TOLERANCE = 1e-6  # of the largest constant: what counts as one number per channel
 
 
-def close_constants(s: Structure, facts: Facts, keep: Keep, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Grow `keep` until every removed constant can be folded; {bias fqn: its new value, kept channels only}."""
+def close_constants(
+    s: Structure, facts: Facts, keep: Keep, model: nn.Module, fold: bool = True
+) -> dict[str, torch.Tensor]:
+    """Grow `keep` until every removed constant can be folded; {bias fqn: its new value, kept channels only}. `fold`:
+    else none can, and those that have an effect stay."""
     made_by = makers(s.trace)
     uses: dict[int, int] = {}
     for c in s.contractions:
@@ -39,7 +42,7 @@ def close_constants(s: Structure, facts: Facts, keep: Keep, model: nn.Module) ->
                 continue
             weight, _ = behind(s.trace, made_by, c.b)
             bias = None
-            if contribution is not None and weight is not None and uses[weight.id] == 1:
+            if fold and contribution is not None and weight is not None and uses[weight.id] == 1:
                 bias = _fold(c, s, contribution, model, s.trace.info(weight).all_fqns, keep)
             if bias is None:
                 keep.grow(c.contracted, constants, f"holds a constant that {c.op.name} in {c.op.module} cannot fold")

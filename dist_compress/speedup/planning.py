@@ -47,6 +47,7 @@ def plan(
     norm: str = "keep",
     keep: Iterable[str] = (),
     barrier: Iterable[str] = (),
+    fold: bool = True,
 ) -> Plan:
     """The plan that removes what the zeros of `model` allow, exactly. Rank 0 only; broadcast the result.
 
@@ -54,8 +55,9 @@ def plan(
     A `Capture` (of an earlier `coupling`) holds model, input and settings, and saves the work that it has done.
     masks {parameter fqn: bool tensor broadcastable to it, True = keep}: the weights count as multiplied by them;
     without, the exact zeros of the weights are the masks. Kept counts of shrinking dims are multiples of `round_to`.
-    `norm`, `keep`, `barrier` as in `capture`. Zero slices that have to stay are in `Plan.blocked`, with the op that
-    keeps them.
+    `norm`, `keep`, `barrier` as in `capture`. `fold`: slices that hold a constant may go, if a bias takes its effect;
+    False where the model computes with other values than those in it. Zero slices that have to stay are in
+    `Plan.blocked`, with the op that keeps them.
     """
     given = captured(model, args, kwargs, {"norm": norm, "keep": tuple(keep), "barrier": tuple(barrier)})
     Settings(round_to=round_to)
@@ -63,16 +65,16 @@ def plan(
     if any(parameter.is_meta for parameter in parameters_of(modules_of(given.model)).values()):
         if masks is None:
             raise UserError("plan: this model is on the meta device, so its weights have no zeros; give masks={...}.")
-        return solve(given, given.model, given.structure, propagate(given.trace, checked), round_to)
+        return solve(given, given.model, given.structure, propagate(given.trace, checked), round_to, fold)
     reference = Reference(given, checked)
-    made = _by_masks(reference, round_to)
+    made = _by_masks(reference, round_to, fold)
     if made is not None:
         return made
     structure = reference.structure
-    return solve(given, reference.model, structure, propagate(structure.trace), round_to)
+    return solve(given, reference.model, structure, propagate(structure.trace), round_to, fold)
 
 
-def _by_masks(reference: Reference, round_to: int) -> Plan | None:
+def _by_masks(reference: Reference, round_to: int, fold: bool) -> Plan | None:
     """The plan that needs values only where constants leak, or None when it is not that easy.
 
     Then code holds sizes of its own, or looks at the weights, and `solve` finds out what to do.
@@ -82,9 +84,9 @@ def _by_masks(reference: Reference, round_to: int) -> Plan | None:
     facts = propagate(given.trace, reference.masks, reference.values, zeros=True, stays=s.stays)
     keep = Keep(s, facts, {}, round_to)
     model = reference.model if reference.made else given.model
-    bias = _values(s, facts, keep, model)
+    bias = _values(s, facts, keep, model, fold)
     if bias and not reference.made:  # they hold masked weights
-        bias = _values(s, facts, keep, reference.model)
+        bias = _values(s, facts, keep, reference.model, fold)
     made = _extract(given, s, facts, keep, model, bias)
     made.config = config_changes(model, made)
     del facts  # they may hold the values of all tensors
@@ -99,7 +101,9 @@ def verified(reference: Reference, made: Plan, keep: Keep) -> bool:
     return run is not None and rehearse(reference.given, reference.model, made, run, keep, compare=True) is None
 
 
-def solve(given: Capture, model: nn.Module, s: Structure, facts: Facts, round_to: int = 1) -> Plan:
+def solve(
+    given: Capture, model: nn.Module, s: Structure, facts: Facts, round_to: int = 1, fold: bool = True
+) -> Plan:
     """The plan of what is dead by `facts`, with everything kept that does not run or, where values are known, differs.
 
     `model`: the captured one, or a copy with other weights, whose output the shrunk one must give.
@@ -109,7 +113,7 @@ def solve(given: Capture, model: nn.Module, s: Structure, facts: Facts, round_to
     fallback = Fallback(model, s, (given.args, given.kwargs), compare)
     while True:
         keep = Keep(s, facts, pin_modules(s, banned), round_to)
-        bias = _values(s, facts, keep, model)
+        bias = _values(s, facts, keep, model, fold)
         made = _extract(given, s, facts, keep, model, bias)
         if not made.keep:
             return Plan(blocked=made.blocked)
@@ -136,10 +140,12 @@ def outline(s: Structure, facts: Facts, model: nn.Module) -> Plan:
     return Plan(kept, blocked=_blocked(s, facts, keep), shapes=_shapes(s, kept))
 
 
-def _values(s: Structure, facts: Facts, keep: Keep, model: nn.Module) -> dict[str, torch.Tensor]:
+def _values(
+    s: Structure, facts: Facts, keep: Keep, model: nn.Module, fold: bool = True
+) -> dict[str, torch.Tensor]:
     """New values of biases and gains, once all that would need others is kept."""
     while True:
-        bias = close_constants(s, facts, keep, model)
+        bias = close_constants(s, facts, keep, model, fold)
         size = keep.size()
         gains = close_gains(s, keep, model)
         if keep.size() == size:

@@ -110,3 +110,15 @@ def test_a_constant_everywhere_is_folded_behind_a_global_pool(shrink, pool):
     )
     small, _ = shrink(model, lambda batch: torch.randn(batch, 3, 7 + batch, 8), both("a", [1, 2]))
     assert small.b.in_features == 6
+
+
+def test_without_folding_only_constants_without_effect_go(shrink):
+    """A relu makes zeros of the negative ones."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    small, plan = shrink(model, torch.randn(1, 4), {"0.weight": [1, 2, 5, 6]}, fold=False)
+    kept, bias = plan.keep["0.weight"][0].tolist(), model[0].bias
+    dead = [i for i in (1, 2, 5, 6) if bias[i] <= 0]
+    assert 0 < len(dead) < 4 and kept == [i for i in range(8) if i not in dead] and not plan.bias
+    assert [(b.fqn, b.dim, b.count) for b in plan.blocked] == [("0.weight", 0, 4 - len(dead))]
+    folded = shrink(model, torch.randn(1, 4), {"0.weight": [1, 2, 5, 6]})[0]
+    assert folded[0].out_features == 4
