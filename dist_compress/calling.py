@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import register_pytree_node
 
@@ -18,6 +19,11 @@ IGNORED = -100  # the target of a token that does not count
 def call(model: nn.Module, inputs: Any) -> Any:
     """`inputs`: a tensor, or a dict of keyword arguments."""
     return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
+def class_name(model: nn.Module) -> str:
+    """Of the user's class, also where FSDP2 has put one of its own in its place."""
+    return next(kind.__name__ for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def logits(output: Any) -> Any:

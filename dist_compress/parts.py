@@ -45,6 +45,18 @@ def join(local: torch.Tensor, holdings: Sequence[Sequence[Run]], shape: torch.Si
     return exchange.move(exchange.pick(lambda _: flat), lambda _: flat, packed)[0].view(shape)
 
 
+def whole_fingerprint(layout: Layout, model: nn.Module) -> str:
+    """`weights_fingerprint` of a model of which every rank holds a part, as if it were whole. Collective, one parameter
+    after the other, unless every rank holds all of it."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    names = {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
+    parts = Parts.of(layout, {name: layout.local(name) for name in first.values()})
+    marks: dict[str, str] = {}
+    for name, tensor in model.state_dict().items():
+        marks |= tensor_fingerprints({name: parts.whole(names[name]) if name in names else tensor})
+    return fingerprint_of(marks)
+
+
 def check_copies(layout: Layout, names: Sequence[str], step: int) -> None:
     """Raise RuntimeError on every rank unless those that hold the same parts of parameters hold the same bits: the
     replicas of HSDP. Collective, unless there are no names."""

@@ -46,6 +46,7 @@ from dist_compress.training.schedule import run_length
 CHANGING = "compress"  # the phase of a checkpoint written after the dense model was measured
 SMALL = "fine-tune"  # ... after the shrink
 CHECKED = 64  # held-out samples on which what is delivered is compared
+Known = tuple[dict[str, float], dict[str, float]]  # metrics of a model, and what there is to say of its teacher store
 SHRUNK_BY = Path("checkpoints", "plan")  # of a resumed run: with what the methods have added to the model
 
 
@@ -337,9 +338,9 @@ class Job:
             self.trainer.save()  # so that whatever stops the delivery, training is done
         if self.backend.sharded:
             changes = any(method.adjective for method in self.methods)  # `finish` leaves another model
-            metrics = None if changes else self.evaluate()
+            known = None if changes else (self.evaluate(), self.store())
             self.collect()
-            stored = comm.on_rank0(lambda: self.finish_alone(metrics))
+            stored = comm.on_rank0(lambda: self.finish_alone(known))
         else:
             self.trainer.release()
             stored = self.finish()
@@ -358,20 +359,28 @@ class Job:
         comm.on_rank0(ship)
         self.reporter.close()
 
-    def finish(self, metrics: dict[str, float] | None = None) -> dict[str, float]:
-        """Training is over: leave in the model what is delivered. `metrics`: of the model, if known already. Returns
-        what there is to say of a teacher store."""
+    def finish(self, known: Known | None = None) -> dict[str, float]:
+        """Training is over: leave in the model what is delivered. `known`: metrics and store of it. Returns what there
+        is to say of a teacher store."""
         self.projection.project()
         for method in self.methods:
             self.outcome.finished(method.finish(*self.data.example(CHECKED)))
-        self.outcome.after(self.model, self.evaluate() if metrics is None else metrics)
+        metrics, stored = known or (self.evaluate(), self.store())
+        self.outcome.after(self.model, metrics)
         self.projection.finish()
-        return distillation.write_store(self.config, self.model, self.data.train, self.augmentation)
+        return stored
 
-    def finish_alone(self, metrics: dict[str, float] | None) -> dict[str, float]:
+    def store(self) -> dict[str, float]:
+        """Write the teacher store, if one is asked for: each rank its part of it."""
+        layout = self.projection.layout
+        stored = distillation.write_store(self.config, self.model, layout, self.data.train, self.augmentation)
+        self.backend.rest()
+        return stored
+
+    def finish_alone(self, known: Known | None) -> dict[str, float]:
         """`finish` on rank 0, which holds the whole model, and evaluates it alone. Rank 0 only."""
         with comm.alone():
-            return self.finish(metrics)
+            return self.finish(known)
 
     def collect(self) -> None:
         """Bring a sharded model whole to rank 0; on the others its parameters are on the meta device."""

@@ -83,28 +83,48 @@ def write(
     manifest: Manifest,
     answers: Callable[[torch.Tensor, int], tuple[torch.Tensor, int]],
     part_bytes: int = PART_BYTES,
+    together: bool = False,
 ) -> tuple[int, int]:
     """Write what is missing of a store. Collective. Returns (samples, bytes) of the complete one.
 
-    `answers(ids, view)`: the logits of samples, [n * tokens of a sample, classes], and the number of tokens; local.
+    `answers(ids, view)`: the logits of samples, [n * tokens of a sample, classes], and the number of tokens; local, or
+    collective if `together`: then every rank calls it equally often, for a dummy where it has no batch left.
     Raises UserError on every rank for a folder that holds something else or whose teacher or data differ.
     """
     present = comm.on_rank0(lambda: _prepare(folder, manifest))
     writer = _Writer(folder, manifest.encoding, part_bytes)
     missing = [batch for batch in _batches(manifest) if not _holds(present, batch[0])]
-    failure: Exception | None = None
+    failure: Exception | None = None  # told to every rank: the others wait in `answers`, or in the collective below
+    for batch, view in _asked(missing, manifest.origin.views, together):
+        live = batch is not None and failure is None
+        if not live and not together:
+            break
+        try:
+            ids = torch.tensor(batch if live else missing[0])
+            found = answers(ids, view)
+            if live:
+                writer.add((ids * manifest.origin.views + view).tolist(), *found)
+                if view == manifest.origin.views - 1:  # the views of a batch lie in one part
+                    writer.end_of_batch()
+        except (OSError, UserError) as error:
+            failure = failure or error
     try:
-        for batch in missing[comm.rank() :: comm.world_size()]:
-            for view in range(manifest.origin.views):  # keys of a batch: all views of its samples
-                ids = torch.tensor(batch)
-                writer.add((ids * manifest.origin.views + view).tolist(), *answers(ids, view))
-            writer.end_of_batch()
-        writer.publish()
-    except (OSError, UserError) as error:  # told to every rank: the others wait in the collective below
+        if failure is None:
+            writer.publish()
+    except OSError as error:
         failure = error
     if told := [text for text in comm.gather_object("" if failure is None else str(failure)) if text]:
         raise UserError(f"distillation.store.write={str(folder)!r}: {told[0]}")
     return comm.on_rank0(lambda: _complete(folder, manifest))
+
+
+def _asked(missing: list[list[int]], views: int, together: bool) -> Iterator[tuple[list[int] | None, int]]:
+    """(batch, view) that this rank asks about; `together`: as many on every rank, with None where it has none left."""
+    own, ranks = missing[comm.rank() :: comm.world_size()], comm.world_size()
+    num_idle = -(-len(missing) // ranks) - len(own) if together else 0
+    for batch in [*own, *[None] * num_idle]:
+        for view in range(views):
+            yield batch, view
 
 
 def _batches(manifest: Manifest) -> Iterator[list[int]]:

@@ -12,14 +12,15 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from dist_compress import comm
-from dist_compress.calling import call, logits
+from dist_compress.calling import call, class_name, logits
 from dist_compress.config import Config, DataConfig
 from dist_compress.distillation.encoding import Bytes, Encoding
 from dist_compress.distillation.losses import TopK
 from dist_compress.distillation.store import Manifest, Origin, Store, read_manifest, write
 from dist_compress.distillation.targets import wanted
 from dist_compress.errors import UserError
-from dist_compress.fingerprint import weights_fingerprint
+from dist_compress.layout import Layout
+from dist_compress.parts import whole_fingerprint
 
 KEY = "distillation.teacher.store"
 _PROBES = 64  # samples whose content tells two sets of data apart
@@ -78,9 +79,10 @@ def stored_views(config: Config) -> tuple[int, int] | None:
     return None if manifest is None else (manifest.origin.seed, manifest.origin.views)
 
 
-def write_store(config: Config, model: nn.Module, split: Any, seed: int) -> dict[str, float]:
-    """Do what `distillation.store` says: the answers of `model` to every training sample. Collective. `seed`: of the
-    augmentation of `split`. Returns what to report, {} if no store is asked for. Raises UserError."""
+def write_store(config: Config, model: nn.Module, layout: Layout, split: Any, seed: int) -> dict[str, float]:
+    """Do what `distillation.store` says: the answers of `model`, which may lie in parts (`layout`), to every training
+    sample. Collective. `seed`: of the augmentation of `split`. Returns what to report, {} if no store is asked for.
+    Raises UserError."""
     asked = config.distillation.store
     if asked.write is None:
         return {}
@@ -95,10 +97,12 @@ def write_store(config: Config, model: nn.Module, split: Any, seed: int) -> dict
     try:
         num_classes = answers(torch.tensor([0]), 0)[0].shape[1]
         encoding = Encoding.choose(asked.encoding, num_classes, asked.k, tuple(asked.temperatures), asked.draws)
-        teacher = f"{type(model).__name__} {weights_fingerprint(model)}"
+        teacher = f"{class_name(model)} {whole_fingerprint(layout, model)}"
         origin = _origin(config.data, split, asked.views, seed, teacher)
         size = config.train.eval_batch_size or config.train.micro_batch_size
-        samples, num_bytes = write(Path(asked.write).expanduser(), Manifest(encoding, origin, size), answers)
+        folder, manifest = Path(asked.write).expanduser(), Manifest(encoding, origin, size)
+        whole = all(layout.is_whole(name) for name, _ in model.named_parameters())
+        samples, num_bytes = write(folder, manifest, answers, together=not whole)
     finally:
         model.train(training)
     return {"teacher_store/samples": samples, "teacher_store/bytes": num_bytes}

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
-from dist_compress.calling import Headless, call, call_headless, logits, output_layer
+from dist_compress.calling import Headless, call, call_headless, class_name, logits, output_layer
 from dist_compress.layout import Layout, local_part
 from dist_compress.parts import Parts
 
@@ -112,5 +112,5 @@ class OnlineTeacher:
         assert self.model is not None
         held = sum(local_part(p).numel() for p in self.model.parameters())
         where = f"sharded: {held:,} of them on this rank" if self.sharded else "on every rank"
-        name, told = type(self.model).__name__, f"{where}{self.told}"
+        name, told = class_name(self.model), f"{where}{self.told}"
         return f"teacher: {name} with {self.size:,} parameters in {self.precision}, {told}"
