@@ -7,9 +7,9 @@ from torch import nn
 
 
 class Block(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 40), nn.Linear(40, width)
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.down(self.up(self.norm(x)).relu())
@@ -18,9 +18,9 @@ class Block(nn.Module):
 class Net(nn.Module):
     """For images of 8 x 8 pixels and any number of channels."""
 
-    def __init__(self, num_classes: int = 10, width: int = 24) -> None:
+    def __init__(self, num_classes: int = 10, width: int = 24, hidden: int = 40) -> None:
         super().__init__()
-        self.stem, self.blocks = nn.LazyLinear(width), nn.Sequential(Block(width), Block(width), Block(width))
+        self.stem, self.blocks = nn.LazyLinear(width), nn.Sequential(*(Block(width, hidden) for _ in range(3)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, num_classes)
         self.stem(torch.zeros(1, 3 * 64))
 

@@ -57,8 +57,10 @@ class Snapshot:
                 each(parameter)
 
     def taken(self) -> None:
-        """It was sharded: remember what was added."""
+        """It was sharded: remember what was added, and let go of the parameters, which are still whole."""
         self.added = {module: set(vars(module)) - self.before[module] for module in self.before}
+        self.places.clear()
+        self.names.clear()
 
     def restore(self) -> None:
         """As before, but that parameters are meta tensors."""
