@@ -18,9 +18,9 @@ class Block(nn.Module):
 class Net(nn.Module):
     """For images of 8 x 8 pixels and any number of channels."""
 
-    def __init__(self, num_classes: int = 10, width: int = 24, hidden: int = 40) -> None:
+    def __init__(self, num_classes: int = 10, width: int = 24, hidden: int = 40, depth: int = 3) -> None:
         super().__init__()
-        self.stem, self.blocks = nn.LazyLinear(width), nn.Sequential(*(Block(width, hidden) for _ in range(3)))
+        self.stem, self.blocks = nn.LazyLinear(width), nn.Sequential(*(Block(width, hidden) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, num_classes)
         self.stem(torch.zeros(1, 3 * 64))
 
