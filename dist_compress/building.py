@@ -10,12 +10,15 @@ from dist_compress.backends.answering import spread_answering
 from dist_compress.config import Config, ModelConfig
 from dist_compress.distillation.teacher import DTYPES
 from dist_compress.errors import UserError
+from dist_compress.initial import Example, Initial, begin
+from dist_compress.training.batchnorm import use_sync_batchnorm
 from dist_compress.training.data import Data
 from dist_compress.training.data.tokenizer import check_vocabulary
 
 
 class Builder:
-    """Everything is local and the same on every rank. The data may say how many classes a model needs."""
+    """Everything is the same on every rank, and local unless it says otherwise. The data may say how many classes a
+    model needs."""
 
     def __init__(self, config: Config, data: Data) -> None:
         self.config, self.data = config, data
@@ -23,6 +26,24 @@ class Builder:
     def student(self) -> nn.Module:
         """The model as configured, with the weights that it begins with."""
         return self.placed(self.built(self.config.model))
+
+    def initial(self, sharded: bool, example: Example) -> Initial:
+        """The student to be trained, with its weights, the same on every rank. `sharded`: its parameters are going to
+        be, so no device is given all of them. Collective. Raises UserError on every rank."""
+        if sharded:
+            return begin(self._modules, self._loaded, self.placed, example)
+        return Initial(self.placed(self._loaded()), example)
+
+    def _modules(self) -> nn.Module:
+        model = self.built(self.config.model)
+        return use_sync_batchnorm(model) if self.config.train.sync_batchnorm else model
+
+    def _loaded(self) -> nn.Module:
+        wanted, model = self.config.model, self._modules()
+        if wanted.weights is not None:
+            models.load_weights(model, wanted.weights)
+        check_vocabulary(model, wanted, self.data.train, "model")
+        return model
 
     def built(self, wanted: ModelConfig, whole: bool = False) -> nn.Module:
         """With the classes and the vocabulary of the data. `whole`: nothing of it is made new beside weights of a

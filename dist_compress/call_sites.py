@@ -25,7 +25,6 @@ from dist_compress.errors import UserError
 from dist_compress.functions import ATTENTION, FUNCTIONS, PARTS, AttentionCall, Call, Calls, Watched
 from dist_compress.selection import type_name
 from dist_compress.sites import Sites
-from dist_compress.tracing.untouched import untouched
 
 _OPEN = "MultiheadAttention"
 HIDDEN = "NonDynamicallyQuantizableLinear"  # the type of out_proj of nn.MultiheadAttention
@@ -161,8 +160,7 @@ def find(sites: Sites) -> dict[str, Place]:
     seen: dict[str, list[Counter[str]]] = {}
     watched = [_Look(module, name, seen) for name, module in model.named_modules() if _looked_into(module)]
     try:
-        with untouched(model):
-            model(*sites.args, **sites.kwargs)
+        sites.run()
     finally:
         for look in watched:
             look.remove()

@@ -5,6 +5,7 @@ Speedup measures, pruning spends, and neither knows the other: the table goes fr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import nn
 from dist_compress import comm
 from dist_compress.config import Config
 from dist_compress.errors import UserError
-from dist_compress.speedup.cost_table import as_latencies, cost_table, load, save
+from dist_compress.speedup.cost_table import GroupCost, as_latencies, cost_table, load, save
 from dist_compress.target import Latencies
 
 COSTS = "costs.json"  # in the folder of a run
+Measure = Callable[[nn.Module, tuple[Any, dict[str, Any]]], list[GroupCost]]
 FRACTIONS = (0.02, 0.25, 0.5, 0.75)  # of the units of a group that are kept when it is measured
 
 
@@ -27,16 +29,12 @@ def wanted(config: Config) -> bool:
 
 
 def latencies(
-    config: Config,
-    model: nn.Module,
-    example: tuple[Any, dict[str, Any]],
-    run_dir: Path | None = None,
-    resumed: bool = False,
+    config: Config, real: Callable[[Measure], list[GroupCost]], run_dir: Path | None = None, resumed: bool = False
 ) -> Latencies | None:
     """The latencies to spend, the same on every rank; None when nothing is asked in them. Collective.
 
-    A run that goes on takes the table of its folder. Else `pruning.latency.table` is read, or rank 0 measures `model`
-    on its device; both are kept in the folder.
+    A run that goes on takes the table of its folder. Else `pruning.latency.table` is read, or rank 0 measures: `real`
+    calls what it is given with the model and the example of a call, on its device. Both are kept in the folder.
     """
     if not wanted(config):
         return None
@@ -54,9 +52,8 @@ def latencies(
             table = load(asked.table)
         else:
             settings = {"norm": config.speedup.norm, "keep": config.speedup.keep, "barrier": config.speedup.barrier}
-            table = cost_table(
-                model, *example, fractions=FRACTIONS, time_s=asked.time_s, batch_size=asked.batch_size, **settings
-            )
+            how: dict[str, Any] = {"time_s": asked.time_s, "batch_size": asked.batch_size, **settings}
+            table = real(lambda model, example: cost_table(model, *example, fractions=FRACTIONS, **how))
         if own is not None:
             own.parent.mkdir(parents=True, exist_ok=True)
             save(table, own)

@@ -40,6 +40,11 @@ class Layout:
         """What this rank holds, live: writing to it changes the parameter. May be empty."""
         return local_part(self.model.get_parameter(name).detach())
 
+    def device(self, name: str) -> torch.device:
+        """Of `local`, or where that is going to be."""
+        device = self.local(name).device
+        return comm.device() if device.type == "meta" else device
+
     def grad(self, name: str) -> torch.Tensor | None:
         """The reduced gradient of what this rank holds, live."""
         grad = self.model.get_parameter(name).grad
@@ -99,6 +104,12 @@ def cut(full: torch.Tensor, start: int, end: int) -> torch.Tensor:
     width = math.prod(full.shape[1:])
     row = start // width
     return full[row : -(-end // width)].reshape(-1)[start - row * width : end - row * width]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes, also while its parameters have no values. Local."""
+    device = next(model.parameters()).device
+    return comm.device() if device.type == "meta" else device
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

@@ -124,7 +124,7 @@ def _decided(config: Config, model: nn.Module, groups: Coupling, example: tuple[
                 "Use a method that scores weights, such as l1_norm or l2_norm, or start a run."
             )
     pruner = Pruner(config)
-    table = cost_file.latencies(config, model, example)
+    table = cost_file.latencies(config, lambda measure: measure(model, example))
     context = Context(config, model, Projection(model), groups, 1, total_steps=0, steps_per_epoch=1.0, latencies=table)
     pruner.attach(context)
     pruner.decide(0)

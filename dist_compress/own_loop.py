@@ -128,7 +128,9 @@ class Attached:
             self.folder = OwnFolder(config, run_folder.choose(str(run_dir)), self.model, self.example, total_steps)
         context = Context(
             config, self.model, self.projection, coupling, num_micro, total_steps, steps_per_epoch, self.example,
-            cost_file.latencies(config, self.model, self.example, self.folder and self.folder.run_dir),
+            cost_file.latencies(
+                config, lambda measure: measure(self.model, self.example), self.folder and self.folder.run_dir
+            ),
             evaluate=self._loss if evaluate else None,
         )  # fmt: skip
         for method in self.methods:

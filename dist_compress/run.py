@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from dist_compress import backends, comm, cost_file, distillation, export, models, pruning, quantization, speedup
+from dist_compress import backends, comm, cost_file, distillation, export, pruning, quantization, speedup
 from dist_compress.answers import answers, difference, probes
 from dist_compress.building import Builder
 from dist_compress.config import Config, to_yaml
@@ -35,11 +35,10 @@ from dist_compress.slices import slice_masks
 from dist_compress.speedup import Plan, apply, apply_to_state
 from dist_compress.target import Coupling
 from dist_compress.tracing.copies import on_meta
+from dist_compress.tracing.weightless import weightless
 from dist_compress.training import checkpoint, data, determinism, task
-from dist_compress.training.batchnorm import use_sync_batchnorm
 from dist_compress.training.calibration import calibrate
 from dist_compress.training.data.split import Sample
-from dist_compress.training.data.tokenizer import check_vocabulary
 from dist_compress.training.loop import Trainer
 from dist_compress.training.schedule import run_length
 
@@ -81,13 +80,9 @@ class Job:
         self.data = data.build(config.data, self.augmentation, views)
         self.task = task.build(config.task)
         self.builder = Builder(config, self.data)
-        self.model = self.builder.student()
-        if config.model.weights is not None:
-            models.load_weights(self.model, config.model.weights)
-        check_vocabulary(self.model, config.model, self.data.train, "model")
-        if config.train.sync_batchnorm:
-            self.model = use_sync_batchnorm(self.model)
         self.example = self.data.example(2)
+        self.initial = self.builder.initial(self.backend.sharded, self.example)
+        self.model = self.initial.model
         self.length = run_length(config, self.data.train.num_samples)
         self.projection = Projection(self.model)
         distiller = distillation.build(config, self.data.train, self.builder.teacher)
@@ -102,14 +97,18 @@ class Job:
         self.outcome.dense(self.model)
         self.attach()
         if phase == SMALL:
-            self.detach()
             plan = comm.on_rank0(lambda: Plan.load(self.run_dir / SHRUNK_BY)) if config.speedup.enabled else None
-            self.cut(plan)
+            with weightless(self.model, comm.device()):
+                self.detach()
+                self.cut(plan)
         self.reporter = Reporter(config, self.run_dir, self.length.total_steps, resumed=newest is not None)
         self.outcome.coupled(self.coupling, self.model)
+        if newest is not None:
+            self.initial.forget()
         self.trainer = Trainer(
-            config, self.model, self.data, self.task, self.methods, self.backend, self.projection, self.reporter
-        )
+            config, self.model, self.data, self.task, self.methods, self.backend, self.projection, self.reporter,
+            self.initial.source,
+        )  # fmt: skip
         if phase == SMALL:
             for method in self.methods:
                 method.reattach()
@@ -118,7 +117,8 @@ class Job:
             self.trainer.phase = phase
             rest = ": trained to the end, delivering again" if self.trainer.step >= self.length.total_steps else ""
             self.reporter.event(f"resumed at step {self.trainer.step} from {newest.name}{rest}", self.trainer.step)
-        for line in [] if newest else [line for method in self.methods for line in method.notes()]:
+        lines = [line for method in self.methods for line in method.notes()]
+        for line in [] if newest else [*self.initial.notes, *lines]:
             self.reporter.event(line, 0)
         comm.on_rank0(lambda: (self.run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8"))
 
@@ -127,9 +127,12 @@ class Job:
         if not self.methods:
             return
         if any(method.compresses for method in self.methods):
-            self.coupling = comm.on_rank0(lambda: speedup.coupling(self.model, *self.example, **self.settings()))
+            self.coupling = comm.on_rank0(
+                lambda: self.initial.real(lambda model, example: speedup.coupling(model, *example, **self.settings()))
+            )
         resumed = checkpoint.latest(self.run_dir) is not None
-        costs = cost_file.latencies(self.config, self.model, self.example, self.run_dir, resumed)
+        on_device = partial(self.initial.real, device=comm.device())
+        costs = cost_file.latencies(self.config, on_device, self.run_dir, resumed)
         length = self.length
         context = Context(
             self.config, self.model, self.projection, self.coupling,
@@ -142,7 +145,8 @@ class Job:
     def check_exports(self) -> None:
         """What cannot be exported is refused before anything is trained."""
         targets = {name: spec for m in self.methods for name, spec in m.foresee(self.model, self.example).items()}
-        comm.on_rank0(lambda: export.check_ready(self.config.export, self.model, targets, self.example))
+        wanted = self.config.export
+        comm.on_rank0(lambda: self.initial.real(lambda model, call: export.check_ready(wanted, model, targets, call)))
 
     def measure(self, num_samples: int) -> dict[str, float]:
         """Metrics of the model as it is now on so many training samples, drawn by the seed, without augmentation."""

@@ -37,8 +37,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from dist_compress import comm
 from dist_compress.errors import UserError
 from dist_compress.tracing.untouched import untouched
+from dist_compress.tracing.weightless import weightless
 
 Function = Callable[[torch.Tensor], Any]
 
@@ -67,6 +69,11 @@ class Sites:
     def __init__(self, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> None:
         self.model, self.args, self.kwargs = model, tuple(args), dict(kwargs or {})
 
+    def run(self) -> None:
+        """Call the model, in evaluation mode, whether or not its parameters have values."""
+        with weightless(self.model, comm.device()), untouched(self.model):
+            self.model(*self.args, **self.kwargs)
+
     @cached_property
     def by_module(self) -> dict[str, list[Site]]:
         """{module fqn: its sites, inputs first}. A module that does not run has none."""
@@ -88,8 +95,7 @@ class Sites:
             handles.append(module.register_forward_pre_hook(before(where, _positional(module)), with_kwargs=True))
             handles.append(module.register_forward_hook(after(where)))
         try:
-            with untouched(self.model):
-                self.model(*self.args, **self.kwargs)
+            self.run()
         finally:
             for handle in handles:
                 handle.remove()

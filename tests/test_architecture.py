@@ -25,7 +25,7 @@ LAYERS = [
     ["config_list"],
     ["call_sites"],
     ["sites"],
-    ["parts"],
+    ["parts", "initial"],
     ["projection", "exchange", "statistic", "tracing", "slices", "gradient_norm"],
     ["layout"],
     ["fingerprint", "target", "selection", "blocks", "linear_form", "calling", "comm"],

@@ -42,7 +42,8 @@ def measured_table(run_dir: str) -> Any:
     words = ["+recipe=smoke", "pruning.at_most.latency_ms=1", f"run_dir={run_dir}", *LATENCY]
     config = compose.compose(compose.parse(words))
     example = ((torch.randn(2, 3, 12, 12),), {})
-    return cost_file.latencies(config, models.build(config.model, 10, 0), example, Path(run_dir))
+    model = models.build(config.model, 10, 0)
+    return cost_file.latencies(config, lambda measure: measure(model, example), Path(run_dir))
 
 
 def test_rank_0_measures_and_all_know(ranks: Any, tmp_path: Path) -> None:
@@ -78,9 +79,12 @@ def test_a_table_that_went_missing_stops_the_run(tmp_path: Path) -> None:
     from dist_compress import cost_file
 
     config = schema.load({"pruning": {"compute": "latency", "latency": {"table": "nowhere.json"}}})
-    model, example = nn.Linear(2, 2), ((), {})
+
+    def real(measure: Any) -> Any:
+        return measure(nn.Linear(2, 2), ((), {}))
+
     with pytest.raises(UserError, match="costs.json is gone: the run has decided by it"):
-        cost_file.latencies(config, model, example, tmp_path, resumed=True)
+        cost_file.latencies(config, real, tmp_path, resumed=True)
     with pytest.raises(UserError, match=r"pruning.latency.table='nowhere.json': no such file"):
-        cost_file.latencies(config, model, example, tmp_path)
-    assert cost_file.latencies(schema.load({}), model, example) is None
+        cost_file.latencies(config, real, tmp_path)
+    assert cost_file.latencies(schema.load({}), real) is None

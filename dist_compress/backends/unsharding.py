@@ -79,12 +79,12 @@ class Snapshot:
         for places, shape, dtype, trained in self.shapes:
             new = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=trained)
             for module, key in places:
-                module._parameters[key] = new
+                setattr(module, key, new)
 
     def _replace(self, old: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
         new = nn.Parameter(value, requires_grad=old.requires_grad)
         for module, key in self.places[old]:
-            module._parameters[key] = new
+            setattr(module, key, new)  # recurrent layers keep another list of theirs
         self.places[new], self.names[new] = self.places.pop(old), self.names.pop(old)
         return new
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dist_compress import comm
 from dist_compress.calling import IGNORED, Headless, call, call_headless, logits
 from dist_compress.distillation.encoding import Encoding
 from dist_compress.distillation.losses import TopK
@@ -16,6 +17,7 @@ from dist_compress.distillation.term import Moment, Term
 from dist_compress.errors import UserError
 from dist_compress.method import Context
 from dist_compress.tracing.untouched import untouched
+from dist_compress.tracing.weightless import weightless
 
 
 class LogitTerm(Term):
@@ -40,7 +42,7 @@ class LogitTerm(Term):
             )
         args, kwargs = context.example
         inputs, headless = kwargs or args[0], context.config.task.fused_head
-        with untouched(context.model):
+        with weightless(context.model, comm.device()), untouched(context.model):
             ask = partial(call_headless, key="task.fused_head") if headless else call
             own = self.num_compared(ask(context.model, inputs))
         if isinstance(teacher, StoreTeacher):

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from dist_compress.blocks import Blocks, activation_dim
 from dist_compress.errors import UserError
 from dist_compress.hashing import splitmix64
-from dist_compress.layout import Layout
+from dist_compress.layout import Layout, device_of
 from dist_compress.pruning.activation_mask import PREFIX, install
 from dist_compress.pruning.folding import fold
 from dist_compress.pruning.mask import Mark
@@ -104,12 +104,12 @@ class Activations:
 
     def install(self) -> None:
         """Put masks that keep everything into the model."""
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         self.put_on({path: torch.ones(t.shape, dtype=torch.bool, device=device) for path, t in self.targets.items()})
 
     def masks(self, sets: Sequence[UnitSet], removed: Sequence[torch.Tensor]) -> Masks:
         """{path: bool, True = keep} of those that are decided."""
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         return {
             member.fqn: self.targets[member.fqn].mask(~gone).to(device)
             for unit_set, gone in zip(sets, removed, strict=True)

@@ -10,7 +10,7 @@ import torch
 from dist_compress import comm
 from dist_compress.blocks import Blocks, channel_dim
 from dist_compress.errors import UserError
-from dist_compress.layout import Layout
+from dist_compress.layout import Layout, device_of
 from dist_compress.projection import Projection
 from dist_compress.pruning.activations import Activation
 from dist_compress.pruning.mask import owners
@@ -41,8 +41,8 @@ class Tensors:
     def part(self, name: str, mask: torch.Tensor) -> torch.Tensor:
         """Of a whole mask what this rank holds."""
         if name in self.activations:
-            return mask.to(next(self.model.parameters()).device)
-        return self.layout.part(name, mask).to(self.layout.local(name).device)
+            return mask.to(device_of(self.model))
+        return self.layout.part(name, mask).to(self.layout.device(name))
 
 
 def check_aligned(tensors: Tensors, settings: Sequence[Setting], masked: Iterable[str]) -> None:

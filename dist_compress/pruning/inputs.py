@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dist_compress.errors import UserError
+from dist_compress.layout import device_of
 from dist_compress.linear_form import input_rows, weight_rows
 from dist_compress.pruning.listener import Listener
 from dist_compress.pruning.metric import Metric
@@ -25,7 +26,7 @@ class Inputs(Listener):
         for name, metric in metrics.items():
             module: Any = model.get_submodule(name)
             rows = weight_rows(module, torch.empty(module.weight.shape, device="meta"))
-            nothing = torch.zeros(rows.shape[0], 0, rows.shape[2], device=module.weight.device)
+            nothing = torch.zeros(rows.shape[0], 0, rows.shape[2], device=device_of(model))
             self.shapes[name] = metric.input_statistic(nothing).shape
         super().__init__(model, sum(map(math.prod, self.shapes.values())), num_micro)
         for name in metrics:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_compress.layout import device_of
 from dist_compress.pruning.metric import Metric
 from dist_compress.pruning.units import UnitSet
 from dist_compress.statistic import Statistic
@@ -26,7 +27,7 @@ class Listener:
         self.latest: dict[Any, torch.Tensor] = {}  # what the hooks of this pass found
         self.from_start = False  # all steps are heard, and no decision forgets them
         self.awake = True  # whether this step is heard; the hooks rest if not
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         self.statistic = Statistic(num_micro, size, self.device)
         self.hooks: list[torch.utils.hooks.RemovableHandle] = [model.register_forward_pre_hook(self._begin)]
 

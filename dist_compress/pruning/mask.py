@@ -47,7 +47,7 @@ def unit_masks(layout: Layout, sets: Sequence[UnitSet], removed: Sequence[torch.
         mask = torch.ones([1] * num_dims, dtype=torch.bool)
         for dim, vector in dims.items():
             mask = mask & vector.view([-1 if d == dim else 1 for d in range(num_dims)])
-        masks[name] = layout.part(name, mask).to(layout.local(name).device)
+        masks[name] = layout.part(name, mask).to(layout.device(name))
     return masks
 
 

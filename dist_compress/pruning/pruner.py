@@ -18,6 +18,7 @@ from dist_compress import comm
 from dist_compress.config import Config
 from dist_compress.config_list import overrides
 from dist_compress.errors import UserError
+from dist_compress.layout import device_of
 from dist_compress.method import Context, Method
 from dist_compress.pruning import mask as masking
 from dist_compress.pruning import results
@@ -362,7 +363,7 @@ class Pruner(Method):
         self.seen.load(state["scores"])
         if "masks" in state:
             assert self.frozen is not None, "a shrunk state goes to a pruner that was rebased"
-            layout, device = self.context.projection.layout, next(self.context.model.parameters()).device
+            layout, device = self.context.projection.layout, device_of(self.context.model)
             self.frozen.masks = {n: layout.part(n, mask.to(device)) for n, mask in state["masks"].items()}
             self.activations.put_on({name: mask.to(device) for name, mask in state["activations"].items()})
             self._put_on(self.history[-1][0])

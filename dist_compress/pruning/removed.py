@@ -42,7 +42,7 @@ class Removed:
         self.slab = {name: b.slab for name, b in blocks.items()}
         self.shares = {name: shares(b, name, turn, layout) for turn, (name, b) in enumerate(blocks.items())}
         self.bits = {
-            name: torch.zeros(_total(self._held(name)), dtype=torch.bool, device=layout.local(name).device)
+            name: torch.zeros(_total(self._held(name)), dtype=torch.bool, device=layout.device(name))
             for name in blocks
         }
         self.counts = dict.fromkeys(blocks, 0)

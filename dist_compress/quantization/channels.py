@@ -20,10 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dist_compress import comm
 from dist_compress.quantization.fake_quant import FakeQuantize
 from dist_compress.sites import Sites
 from dist_compress.tracing.tape import ModuleCall, Op, Ref, Trace, map_tensors
 from dist_compress.tracing.trace import trace
+from dist_compress.tracing.weightless import weightless
 
 _NONE = -1  # the number of an element that belongs to no channel
 _MOVES = frozenset(
@@ -62,7 +64,8 @@ class Graph:
 
 def find(sites: Sites) -> Graph:
     """Traces the model. Raises UserError where it fails on the example."""
-    taped = trace(sites.model, sites.args, sites.kwargs, leaves=_is_leaf)
+    with weightless(sites.model, comm.device()):
+        taped = trace(sites.model, sites.args, sites.kwargs, leaves=_is_leaf)
     names = {module: name for name, module in reversed(list(sites.model.named_modules()))}
     return _Finder(taped, names).graph()
 

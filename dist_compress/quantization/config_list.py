@@ -21,6 +21,7 @@ from dist_compress.config_list import Entry, Noun, in_model_order
 from dist_compress.config_list import merge as merge_entries
 from dist_compress.errors import UserError
 from dist_compress.functions import Call
+from dist_compress.layout import device_of
 from dist_compress.quantization import apply_method, dtypes
 from dist_compress.quantization.fake_quant import FakeQuantize, Spec
 from dist_compress.quantization.granularity import (
@@ -187,7 +188,7 @@ def build(setting: Setting, model: nn.Module, sites: Sites) -> FakeQuantize:
     options = importlib.import_module(kind.__module__).Options
     spec, shape = spec_of(setting, model, sites)
     spec.granularity.check(shape, f"{setting.name}: {setting.said_by('granularity')}")
-    device = next(model.parameters()).device
+    device = device_of(model)
     options_key = f"{setting.sources.get('options', 'quantization')}.options"
     return kind(spec, shape, merge(options, setting.options, options_key), device)
 

@@ -18,10 +18,12 @@ from torch import nn
 from torch.fx import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dist_compress import comm
 from dist_compress.errors import UserError
 from dist_compress.quantization.holding import Holding
 from dist_compress.sites import Sites
 from dist_compress.tracing.recorder import concrete_trace
+from dist_compress.tracing.weightless import weightless
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -56,7 +58,9 @@ def find(sites: Sites, layers: Sequence[str], wanted: Sequence[list[str]]) -> li
     if not wanted and not any(isinstance(m, (_BatchNorm, *_ACTIVATIONS)) for m in model.modules()):
         return []
     calls: dict[str, list[Node]] = {}
-    for node in concrete_trace(model, sites.args, sites.kwargs).graph.nodes:
+    with weightless(model, comm.device()):
+        traced = concrete_trace(model, sites.args, sites.kwargs)
+    for node in traced.graph.nodes:
         if node.op == "call_module":
             calls.setdefault(str(node.target), []).append(node)
     modules = dict(model.named_modules())

@@ -37,7 +37,7 @@ from dist_compress.quantization.deploy import install, name_of, round_biases
 from dist_compress.quantization.fake_quant import FakeQuantize, Spec
 from dist_compress.quantization.granularity import mixed
 from dist_compress.quantization.mixed import Mixed
-from dist_compress.quantization.shrinking import Shrink, Transform, follow, sites_of
+from dist_compress.quantization.shrinking import Shrink, Transform, follow
 from dist_compress.quantization.table import Row, table
 from dist_compress.quantization.targets import collect
 from dist_compress.quantization.weights import Weights
@@ -93,7 +93,7 @@ class Quantizer(Method):
         self.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         handles = [install(model, *quantizer.place, quantizer) for quantizer in self._all().values()]
         self.handles = [handle for handle in handles if handle is not None]
-        self.graph = preparing.graph(sites_of(model, self._example()), self._all().values())
+        self.graph = preparing.graph(Sites(model, *self._example()), self._all().values())
         self.hook = model.register_forward_pre_hook(self._begin_pass)
 
     def start_step(self, shrink: int | None) -> int | None:

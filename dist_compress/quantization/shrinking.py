@@ -8,11 +8,9 @@ Everything is local, the same on every rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from dist_compress import call_sites
@@ -22,7 +20,6 @@ from dist_compress.quantization.fake_quant import FakeQuantize
 from dist_compress.quantization.granularity import block_numbers, carried, rows
 from dist_compress.quantization.setting import Setting
 from dist_compress.sites import Sites, replace
-from dist_compress.tracing.copies import on_meta
 
 Transform = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
@@ -89,20 +86,12 @@ class Shrink:
         model, owner = self.context.model, self.context.projection.owner
         assert self.context.example is not None
         call_sites.restore(model, self.calls)
-        sites = sites_of(model, self.context.example)
+        sites = Sites(model, *self.context.example)
         shapes = {s.path: sites.site(s.module, s.target).shape for s in settings if s.is_activation}
         members = resize(self.activations, self.marks.names(), shapes, transform)
         self.marks.take_off()
         sizes = {path: model.get_parameter(path).shape for path in parameters}
         return members | resize(parameters, {path: owner(path) for path in sizes}, sizes, transform)
-
-
-def sites_of(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> Sites:
-    """Also of a model without weights, between two wrappings: those of a copy on the meta device. Local."""
-    if not any(parameter.is_meta for parameter in model.parameters()):
-        return Sites(model, *example)
-    args, kwargs = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, example)
-    return Sites(on_meta(model), args, kwargs)
 
 
 def _cut_dims(quantizer: FakeQuantize) -> list[int]:

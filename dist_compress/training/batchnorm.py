@@ -93,7 +93,7 @@ def use_sync_batchnorm(model: nn.Module) -> nn.Module:
     Normalises each round over all ranks, so the result depends on their number. Raises UserError on a CPU,
     where torch has none, and for subclasses of BatchNorm whose own behaviour would be lost.
     """
-    if any(p.device.type != "cuda" for p in model.parameters()):
+    if comm.device().type != "cuda":
         raise UserError("train.sync_batchnorm=true: SyncBatchNorm runs on GPUs only. Set it to false on a CPU.")
     plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     for name, module in model.named_modules():

@@ -39,10 +39,10 @@ class Trainer:
 
     def __init__(
         self, config: Config, model: nn.Module, data: Data, task: Any,
-        methods: Sequence[Method], backend: Backend, projection: Projection, reporter: Any,
+        methods: Sequence[Method], backend: Backend, projection: Projection, reporter: Any, source: Source | None = None,
     ) -> None:  # fmt: skip
-        """`reporter.log(step, {series: value})` is called on every rank; call `determinism.set_up` first. Raises
-        UserError for sizes, schedules and optimizers that do not fit."""
+        """`reporter.log(step, {series: value})` is called on every rank; call `determinism.set_up` first. `source`: as
+        in `Backend.wrap`. Raises UserError for sizes, schedules and optimizers that do not fit."""
         self.config, self.model, self.data, self.task = config, model, data, task
         self.methods, self.backend, self.projection = list(methods), backend, projection
         self.reporter = reporter
@@ -55,7 +55,7 @@ class Trainer:
         self.settled = self.stop_agreed = False  # settled: the decisions of this step boundary are taken
         self.phase = "train"  # a word of the caller's, kept in the checkpoint
         self.stop = StopRequest()
-        self._build()
+        self._build(source)
 
     def _build(self, source: Source | None = None) -> None:
         module = self.backend.wrap(self.model, source, [n for m in self.methods for n in m.unsharded()])
