@@ -202,7 +202,7 @@ def _spread(model: nn.Module) -> None:
 
 
 def _taken_out(model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
-    """Put meta tensors in the place of parameters. Local. Returns on rank 0 {what stands there now: what stood there}."""
+    """Put meta tensors in the place of parameters. Returns on rank 0 {what stands there: what stood there}. Local."""
     values: dict[nn.Parameter, nn.Parameter] = {}
     for parameter, where in places_of(model).items():
         if not parameter.is_meta:

@@ -39,7 +39,7 @@ class Trainer:
 
     def __init__(
         self, config: Config, model: nn.Module, data: Data, task: Any,
-        methods: Sequence[Method], backend: Backend, projection: Projection, reporter: Any, source: Source | None = None,
+        methods: Sequence[Method], backend: Backend, projection: Projection, reporter: Any, source: Any = None,
     ) -> None:  # fmt: skip
         """`reporter.log(step, {series: value})` is called on every rank; call `determinism.set_up` first. `source`: as
         in `Backend.wrap`. Raises UserError for sizes, schedules and optimizers that do not fit."""
