@@ -58,10 +58,10 @@ class Outcome:
             chart = coupling_chart(coupling, [name for name, _ in model.named_modules()])
             (self.run_dir / CHART).write_text(chart, encoding="utf-8")
 
-    def dense(self, model: nn.Module) -> None:
-        """What the model costs before the methods put anything into it."""
+    def dense(self, model: nn.Module, example: Any) -> None:
+        """What the model costs before the methods put anything into it. `example`: of a call, where the model is."""
         if "params/before" not in self.summary:
-            self._measure("before", model)
+            self._measure("before", model, example)
 
     def before(self, metrics: dict[str, float]) -> None:
         """The dense model as it is when the first change falls."""
@@ -101,7 +101,7 @@ class Outcome:
 
     def after(self, model: nn.Module, metrics: dict[str, float]) -> None:
         """The model that is delivered. What nothing changed on the way is its own `before`."""
-        self._measure("after", model)
+        self._measure("after", model, self.example)
         self.became("after", metrics)
         if self.active:
             self.summary.update({f"{k}/before": v for k, v in metrics.items() if f"{k}/before" not in self.summary})
@@ -183,10 +183,10 @@ class Outcome:
         shown = [f"{k} {100 * v:.2f} %" if k == "accuracy" else f"{k} {v:.4g}" for k, v in sorted(values.items())]
         return f"{when}: {', '.join(shown)}"
 
-    def _measure(self, when: str, model: nn.Module) -> None:
+    def _measure(self, when: str, model: nn.Module, example: Any) -> None:
         if not self.active:
             return
-        args, kwargs = resize_batch(self.example, 1)
+        args, kwargs = resize_batch(example, 1)
         self.summary[f"params/{when}"] = num_params(model)
         self.summary[f"macs/{when}"] = macs(model, args, kwargs)
         self.summary[f"file_bytes/{when}"] = num_bytes(model)

@@ -40,7 +40,7 @@ class OwnFolder:
             logger=LoggerConfig(name="none"),
         )
         self.outcome = Outcome(self.config, run_dir, example, resumed=False, sections=SECTIONS)
-        self.outcome.dense(model)
+        self.outcome.dense(model, example)
         self.told: list[tuple[int, str]] = []  # (optimizer steps done, a line)
         self.dense: nn.Module | None = None
         self.plan: Plan | None = None

@@ -94,7 +94,7 @@ class Job:
             self.check_exports()
         phase = checkpoint.read_meta(newest)["phase"] if newest else ""
         self.outcome = Outcome(config, self.run_dir, self.example, resumed=newest is not None)
-        self.outcome.dense(self.model)
+        comm.on_rank0(lambda: self.initial.real(self.outcome.dense))
         self.attach()
         if phase == SMALL:
             plan = comm.on_rank0(lambda: Plan.load(self.run_dir / SHRUNK_BY)) if config.speedup.enabled else None
@@ -199,7 +199,8 @@ class Job:
     def _check_replicas(self) -> None:
         """Of what several ranks hold: the model, or what is not sharded of it, and the parts of replicas."""
         layout = self.projection.layout
-        parts = {name for name, _ in self.model.named_parameters() if not layout.is_whole(name)}
+        every = self.model.named_parameters(remove_duplicate=False)  # of tied ones all names
+        parts = {name for name, _ in every if not layout.is_whole(name)}
         check_copies(layout, sorted(parts), self.trainer.step)
         marks = tensor_fingerprints({n: t for n, t in self.model.state_dict().items() if n not in parts})
         try:

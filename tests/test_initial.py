@@ -29,7 +29,7 @@ SIZES = "model.kwargs={hidden_size: 16, intermediate_size: 24, num_hidden_layers
 
 
 class Largest(TorchDispatchMode):
-    """Of the real tensors that are made inside, the number of elements."""
+    """The number of elements of the largest real tensor of floats that is made inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        real = [t for t in tree_leaves(made) if isinstance(t, torch.Tensor) and not t.is_meta]
+        real = [t for t in tree_leaves(made) if isinstance(t, torch.Tensor) and not t.is_meta and t.is_floating_point()]
         self.numel = max([self.numel, *(t.numel() for t in real)])
         return made
 
@@ -84,7 +84,8 @@ WHOLE = 4 * 16 * 16  # elements of the largest parameter of these nets
 def test_parameters_wait_on_rank_0_and_the_rest_is_everywhere(ranks: Any, name: str, on_meta: bool) -> None:
     first, second = ranks(2, begun, name)
     for found in (first, second):
-        assert all(found[k] for k in ("waits", "places", "tensors", "attributes", "tables", "trained", "values"))
+        wanted = ("waits", "places", "tensors", "attributes", "tables", "trained", "values")
+        assert [k for k in wanted if not found[k]] == []
         assert not found["notes"] and found["num_left"] == 0
     assert first["real"] and first["num_values"] == 11 and second["num_values"] == 0
     assert first["largest"] >= WHOLE and (second["largest"] < WHOLE) == on_meta
@@ -133,16 +134,16 @@ def started(run_dir: str, backend: list[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "backend",
-    [["backend=fsdp", "backend.min_params=10000"], *([["backend=deepspeed", f"backend.stage={n}"]] for n in ())],
+    [["backend=fsdp", "backend.min_params=10000"], ["backend=deepspeed", "backend.stage=3"]],
 )
 def test_no_whole_parameter_before_and_after_it_is_sharded(ranks: Any, tmp_path: Path, backend: list[str]) -> None:
-    for found in ranks(2, started, str(tmp_path), backend):
+    for found in ranks(3, started, str(tmp_path), backend):  # of three, no part has the shape of another whole
         assert found["meta"] and found["num"] > 3
         assert found["whole"] == 0
 
 
 def test_negative_control(ranks: Any, tmp_path: Path) -> None:
-    for found in ranks(2, started, str(tmp_path), ["backend=ddp"]):
+    for found in ranks(3, started, str(tmp_path), ["backend=ddp"]):
         assert not found["any meta"] and found["whole"] > 3
 
 

@@ -18,14 +18,13 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_compress.tracing.untouched import plain_attention
-from dist_compress.tracing.weightless import weightless
 
 
 def macs(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> int:
     """Multiply-accumulates of one forward pass in evaluation mode; of one sample if the batch is 1. Local."""
     counter = FlopCounterMode(display=False)
     # The fused kernels of attention are opaque to the counter.
-    with weightless(model), _evaluating(model), plain_attention(), sdpa_kernel(SDPBackend.MATH), counter:
+    with _evaluating(model), plain_attention(), sdpa_kernel(SDPBackend.MATH), counter:
         model(*args, **(kwargs or {}))
     return counter.get_total_flops() // 2
 
@@ -38,7 +37,7 @@ def layer_costs(
     `channels` are its output channels or features. MACs are of this one call, as in `macs`. Local.
     """
     counter = FlopCounterMode(display=False)
-    with weightless(model), _evaluating(model), plain_attention(), sdpa_kernel(SDPBackend.MATH), counter:
+    with _evaluating(model), plain_attention(), sdpa_kernel(SDPBackend.MATH), counter:
         model(*args, **(kwargs or {}))
     flops = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     costs = {}

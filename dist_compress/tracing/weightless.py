@@ -38,9 +38,14 @@ class _Weightless(TorchDispatchMode):
             args, kwargs = tree_map_only(torch.Tensor, lambda t: t if t.is_meta else t.to("meta"), (args, kwargs))
             if kwargs.get("device") is not None:
                 kwargs["device"] = torch.device("meta")
-        elif _names_meta(kwargs):
+        elif _names_meta(kwargs) and not _is_state(func, kwargs):
             kwargs["device"] = torch.device(self.device)  # it goes to where the weights are, but is not made of them
         return func(*args, **kwargs)
+
+
+def _is_state(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether it makes zeros that a recurrent layer may begin with, whose device must be that of its input."""
+    return func is torch.ops.aten.zeros.default and (kwargs.get("dtype") or torch.float32).is_floating_point
 
 
 def _names_meta(kwargs: dict[str, Any]) -> bool:
