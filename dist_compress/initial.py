@@ -37,7 +37,6 @@ class Initial:
     ) -> None:
         """`example`: of a call. `note`: a line for the user, why a model is whole that should not be."""
         self.model, self.example, self.values, self.notes = model, example, values, [note] if note else []
-        self.blank = False
 
     def real(self, fn: Callable[[nn.Module, Example], T], device: torch.device | str = "cpu") -> T:
         """`fn` of the model with its values, and of the example. Values that wait, and the example with them, are put
@@ -59,26 +58,31 @@ class Initial:
             for module, name, buffer in held:
                 module._buffers[name] = buffer
 
-    @property
-    def source(self) -> Callable[[str], torch.Tensor] | None:
-        """Where the backend gets each parameter from, whole, once, if they wait (as in `Backend.wrap`). Collective."""
-        return None if self.values is None else self._next
+    def on_rank0(self, fn: Callable[[nn.Module, Example], T]) -> T:
+        """`real(fn)` of rank 0, on every rank. Collective."""
+        return comm.on_rank0(lambda: self.real(fn))
+
+    def source(self, needed: bool = True) -> Callable[[str], torch.Tensor] | None:
+        """Where the backend gets each parameter from, whole, once, if they wait (as in `Backend.wrap`). Local, but what
+        is returned is collective. `needed`: False if other values are going to be read into the model: it begins with
+        zeros then."""
+        if self.values is None:
+            return None
+        if not needed:
+            self.values.clear()
+            return self._zeros
+        return self._next
+
+    def _zeros(self, name: str) -> torch.Tensor:
+        parameter = self.model.get_parameter(name)
+        return torch.zeros(parameter.shape, dtype=parameter.dtype, device=comm.device())
 
     def _next(self, name: str) -> torch.Tensor:
         assert self.values is not None
-        parameter = self.model.get_parameter(name)
-        value = torch.zeros(parameter.shape, dtype=parameter.dtype, device=comm.device())
-        if self.blank:
-            return value
+        value = self._zeros(name)
         if comm.rank() == 0:
-            value.copy_(self.values.pop(parameter).detach())
+            value.copy_(self.values.pop(self.model.get_parameter(name)).detach())
         return comm.broadcast(value)
-
-    def forget(self) -> None:
-        """Other values are going to be read into the model: let it begin with zeros. The same on every rank."""
-        if self.values is not None:
-            self.blank = True
-            self.values.clear()
 
 
 def begin(modules: Build, loaded: Build, placed: Callable[[nn.Module], nn.Module], example: Example) -> Initial:

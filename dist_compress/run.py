@@ -94,7 +94,7 @@ class Job:
             self.check_exports()
         phase = checkpoint.read_meta(newest)["phase"] if newest else ""
         self.outcome = Outcome(config, self.run_dir, self.example, resumed=newest is not None)
-        comm.on_rank0(lambda: self.initial.real(self.outcome.dense))
+        self.initial.on_rank0(self.outcome.dense)
         self.attach()
         if phase == SMALL:
             plan = comm.on_rank0(lambda: Plan.load(self.run_dir / SHRUNK_BY)) if config.speedup.enabled else None
@@ -103,11 +103,9 @@ class Job:
                 self.cut(plan)
         self.reporter = Reporter(config, self.run_dir, self.length.total_steps, resumed=newest is not None)
         self.outcome.coupled(self.coupling, self.model)
-        if newest is not None:
-            self.initial.forget()
         self.trainer = Trainer(
             config, self.model, self.data, self.task, self.methods, self.backend, self.projection, self.reporter,
-            self.initial.source,
+            self.initial.source(needed=newest is None),
         )  # fmt: skip
         if phase == SMALL:
             for method in self.methods:
@@ -117,8 +115,8 @@ class Job:
             self.trainer.phase = phase
             rest = ": trained to the end, delivering again" if self.trainer.step >= self.length.total_steps else ""
             self.reporter.event(f"resumed at step {self.trainer.step} from {newest.name}{rest}", self.trainer.step)
-        lines = [line for method in self.methods for line in method.notes()]
-        for line in [] if newest else [*self.initial.notes, *lines]:
+        notes = [self.initial.notes, *(method.notes() for method in self.methods)]
+        for line in [] if newest else [line for lines in notes for line in lines]:
             self.reporter.event(line, 0)
         comm.on_rank0(lambda: (self.run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8"))
 
@@ -127,9 +125,7 @@ class Job:
         if not self.methods:
             return
         if any(method.compresses for method in self.methods):
-            self.coupling = comm.on_rank0(
-                lambda: self.initial.real(lambda model, example: speedup.coupling(model, *example, **self.settings()))
-            )
+            self.coupling = self.initial.on_rank0(lambda model, call: speedup.coupling(model, *call, **self.settings()))
         resumed = checkpoint.latest(self.run_dir) is not None
         on_device = partial(self.initial.real, device=comm.device())
         costs = cost_file.latencies(self.config, on_device, self.run_dir, resumed)
@@ -145,8 +141,7 @@ class Job:
     def check_exports(self) -> None:
         """What cannot be exported is refused before anything is trained."""
         targets = {name: spec for m in self.methods for name, spec in m.foresee(self.model, self.example).items()}
-        wanted = self.config.export
-        comm.on_rank0(lambda: self.initial.real(lambda model, call: export.check_ready(wanted, model, targets, call)))
+        self.initial.on_rank0(lambda model, call: export.check_ready(self.config.export, model, targets, call))
 
     def measure(self, num_samples: int) -> dict[str, float]:
         """Metrics of the model as it is now on so many training samples, drawn by the seed, without augmentation."""

@@ -70,9 +70,10 @@ def begun(name: str) -> dict[str, Any]:
         x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         result["real"] = torch.equal(found.real(lambda model, call: model.eval()(x)), right.eval()(x))
         result["tensors"] &= all(p.is_meta for p in model.parameters()) == all(waits)
-    if found.source is not None:
+    source = found.source()
+    if source is not None:
         own = dict(right.named_parameters())
-        result["values"] = all(torch.equal(found.source(n), own[n]) for n, _ in model.named_parameters())
+        result["values"] = all(torch.equal(source(n), own[n]) for n, _ in model.named_parameters())
         result["num_left"] = len(found.values)
     return result
 
