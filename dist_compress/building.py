@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 
@@ -14,6 +16,8 @@ from dist_compress.initial import Example, Initial, begin
 from dist_compress.training.batchnorm import use_sync_batchnorm
 from dist_compress.training.data import Data
 from dist_compress.training.data.tokenizer import check_vocabulary
+
+log = logging.getLogger(__name__)
 
 
 class Builder:
@@ -51,32 +55,42 @@ class Builder:
         return models.build(wanted, self.data.num_classes, self.config.seed, self.data.vocab_size, whole)
 
     def teacher(self) -> nn.Module:
-        """The network that a student learns from, with its weights, the same on every rank. Collective if
-        `distillation.teacher.sharded`."""
+        """The network that a student learns from, with its weights, the same on every rank: on its device, or sharded
+        (`distillation.teacher.sharded`), so that no device is given all of it. Collective. Raises UserError on every
+        rank."""
+        how = self.config.distillation.teacher
+        if not (how.sharded and comm.is_initialized()):
+            return self.placed(self._taught())
+        initial = begin(self._teacher_modules, self._taught, self.placed, self.data.example(2))
+        for note in initial.notes if comm.rank() == 0 else ():
+            log.warning("distillation.teacher: %s", note)
+        model = initial.model.to(DTYPES[how.precision])
+        spread_answering(model, self.config, initial.source(needed=how.mode != "self"))
+        return model
+
+    def _teacher_modules(self) -> nn.Module:
+        how = self.config.distillation.teacher
+        if how.mode == "self":
+            return self.built(self.config.model)
+        try:
+            return self.built(how.model, whole=True)
+        except UserError as error:
+            raise UserError(f"distillation.teacher: {error}") from None
+
+    def _taught(self) -> nn.Module:
         wanted = self.config.distillation.teacher.model
         if self.config.distillation.teacher.mode == "self":
-            return self.shared(self.built(self.config.model))  # the weights come when it starts to teach
+            return self._teacher_modules()  # the weights come when it starts to teach
         if wanted.weights is None and wanted.target is None and not models.has_weights(wanted):
             raise UserError(
                 "distillation.teacher.model.weights is not set: a teacher with random weights teaches noise. Give a "
                 "file of weights, such as model.safetensors of another run."
             )
-        try:
-            model = self.built(wanted, whole=True)
-        except UserError as error:
-            raise UserError(f"distillation.teacher: {error}") from None
+        model = self._teacher_modules()
         if wanted.weights is not None:
             models.load_weights(model, wanted.weights, "distillation.teacher.model.weights")
         check_vocabulary(model, wanted, self.data.train, "distillation.teacher.model")
-        return self.shared(model)
-
-    def shared(self, teacher: nn.Module) -> nn.Module:
-        """In its precision, spread over the ranks, if that is wanted; else on this rank's device."""
-        how = self.config.distillation.teacher
-        if not (how.sharded and comm.is_initialized()):
-            return self.placed(teacher)
-        spread_answering(teacher.to(DTYPES[how.precision]), self.config)
-        return teacher
+        return model
 
     def placed(self, model: nn.Module) -> nn.Module:
         """On this rank's device, in the memory format of the run. Local."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from distillation_nets import Student, TeacherNet, images, losses
+from ranks import RankError
 from safetensors.torch import save_file
 from sharded_nets import shard
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -206,6 +207,40 @@ def test_a_run_with_a_sharded_teacher_has_the_bits_of_one_rank(ranks, tmp_path, 
         found = ranks(n, whole_run, str(material), str(tmp_path / str(n)), f"backend={backend}", EXACT, SHARDED, *more)
         assert found[0] == right
         assert re.match(r"teacher: LlamaForCausalLM with .* sharded: ", teacher_of(tmp_path / str(n)))
+
+
+def reads(folder: str, run_dir: str, *overrides: str) -> tuple[dict[str, Any], bool, bool]:
+    """What a run gives, whether this rank has read weights, and whether it has seen its teacher whole."""
+    from dist_compress import models
+    from dist_compress.distillation import teacher
+
+    load, init, has_read, whole = models.load_weights, teacher.OnlineTeacher.__init__, [], []
+
+    def loading(*args: Any) -> None:
+        has_read.append(args)
+        load(*args)
+
+    def beginning(self: Any, model: torch.nn.Module, *args: Any) -> None:
+        whole.extend(p for p in model.parameters() if not isinstance(p, DTensor))
+        init(self, model, *args)
+
+    models.load_weights, teacher.OnlineTeacher.__init__ = loading, beginning
+    try:
+        return whole_run(folder, run_dir, *overrides), bool(has_read), bool(whole)
+    finally:
+        models.load_weights, teacher.OnlineTeacher.__init__ = load, init
+
+
+def test_rank_0_alone_reads_a_sharded_teacher(ranks, tmp_path, material):
+    right = ranks(1, whole_run, str(material), str(tmp_path / "one"), EXACT)[0]
+    found = ranks(2, reads, str(material), str(tmp_path / "two"), EXACT, SHARDED)
+    assert found == [(right, True, False), (right, False, False)]
+    control = ranks(2, reads, str(material), str(tmp_path / "whole"), EXACT)
+    assert control == [(right, True, True), (right, True, True)]
+    wrong = [SHARDED, "distillation.teacher.model.weights=nowhere.safetensors"]
+    with pytest.raises(RankError, match="distillation.teacher.model.weights='nowhere.safetensors'") as failed:
+        ranks(2, whole_run, str(material), str(tmp_path / "bad"), EXACT, *wrong)
+    assert "rank 0 of 2" in str(failed.value) and "rank 1 of 2" in str(failed.value)
 
 
 def killed_run(folder: str, run_dir: str, *overrides: str) -> None:
