@@ -186,3 +186,41 @@ def test_what_rank_0_cannot_read_every_rank_says(ranks: Any, tmp_path: Path) -> 
     first, *others = ranks(3, refused, str(tmp_path / "run"), str(tmp_path / "torn.safetensors"))
     assert first.startswith("model.weights=") and "truncated, damaged or of another format" in first
     assert others == [first, first]
+
+
+HIDDEN = [
+    "train.exact=true",
+    "train.max_steps=8",
+    "pruning=channel",
+    "pruning.method=l2_norm",
+    "pruning.sparse_ratio=0.5",
+    "pruning.schedule={name: one_shot, start: 4steps, end: 4steps}",
+    "distillation=self",
+    "distillation.teacher.start=1steps",
+    "distillation.config_list=[{op_names: [layer1.0.bn1, layer3], method: fitnets}]",
+]
+
+
+def hidden_run(run_dir: str, *overrides: str) -> dict[str, Any]:
+    """With the channels that a shrink has left of what is distilled, at the last step."""
+    from dist_compress.distillation.distiller import Distiller
+
+    kept: dict[str, int] = {}
+    original = Distiller.before_step
+
+    def noting(self: Distiller, step: int) -> None:
+        kept.update({layer.name: -1 if layer.kept is None else len(layer.kept) for layer in self.layers})
+        original(self, step)
+
+    Distiller.before_step = noting  # type: ignore[method-assign]
+    try:
+        found = whole_run(run_dir, *HIDDEN, *overrides)
+    finally:
+        Distiller.before_step = original  # type: ignore[method-assign]
+    return {key: found[key] for key in ("fingerprint/plan", "loss/shrunk", *BITS)} | {"kept": kept}
+
+
+def test_hidden_states_of_a_sharded_student_are_found_again_when_it_is_small(ranks: Any, tmp_path: Path) -> None:
+    one = ranks(1, hidden_run, str(tmp_path / "one"))[0]
+    assert 0 < one["kept"]["fitnets/layer1.0.bn1._output_0"] < 16, one["kept"]
+    assert ranks(2, hidden_run, str(tmp_path / "two"), "backend=fsdp", "backend.min_params=10000")[0] == one

@@ -32,6 +32,7 @@ from dist_compress.method import Context, Method, Tensors
 from dist_compress.parts import Parts
 from dist_compress.sites import Sites
 from dist_compress.tracing.untouched import untouched
+from dist_compress.tracing.weightless import is_weightless
 
 ROOT = "distillation"
 
@@ -153,24 +154,29 @@ class Distiller(Method):
         self.translators.step()
 
     def detach(self) -> None:
-        """The student is about to be shrunk: remember its hidden states on the example. Distillation goes on."""
-        self.states = self._states() if self.layers else []
+        """The student is about to be shrunk: remember its hidden states on the example, unless it has no values, which
+        come with those of `load_state_dict`. Distillation goes on. Collective if the student is sharded."""
+        self.states = [] if is_weightless(self.context.model) else self._states()
 
     def rebase(self, transform: Callable[[Tensors], Tensors]) -> None:
-        """Find by the hidden states which channels of each target are left. Collective."""
         for layer in self.layers:
             layer.rehook()
-        if not self.layers:
-            return
-        found = comm.on_rank0(
-            lambda: [matching(old, new) for old, new in zip(self.states, self._states(), strict=True)]
-        )
+
+    def reattach(self) -> list[str]:
+        """Find by the hidden states which channels of each target are left. Collective."""
+        if not self.states:
+            return []
+        old, new = self.states, self._states()
+        found = comm.on_rank0(lambda: [matching(*states) for states in zip(old, new, strict=True)])
         self.states = []
         for layer, kept in zip(self.layers, found, strict=True):
             layer.kept = LOST if kept is None else kept.to(comm.device())
+        return []
 
     def _states(self) -> list[torch.Tensor]:
-        """Of each layer's target, on the example, on the CPU. Local."""
+        """Of each layer's target, on the example, on the CPU. Collective if the student is sharded."""
+        if not self.layers:
+            return []
         assert self.context.example is not None
         args, kwargs = self.context.example
         taps = [layer.watch() for layer in self.layers]
@@ -180,6 +186,7 @@ class Distiller(Method):
         finally:
             for _, handle in taps:
                 handle.remove()
+            self.context.rest()
         return [tap.take(layer.setting.path).cpu() for layer, (tap, _) in zip(self.layers, taps, strict=True)]
 
     def notes(self) -> list[str]:
