@@ -146,7 +146,7 @@ def worker(out: str, overrides: list[str]) -> None:
 def measure(folder: Path, num_ranks: int, backend: str, arm: str, layers: int) -> dict[str, Any]:
     """{phase: (bytes in tensors, resident bytes)} of the rank with most."""
     here = Path(tempfile.mkdtemp(dir=folder))
-    for split, count in (("train", 3000), ("test", 60)):
+    for split, count in (("train", 300), ("test", 8)):  # evaluations are short
         (here / f"{split}.txt").write_text("".join(f"line {i} of {i * i}\n" for i in range(count)))
     sizes = [f"model.kwargs.{key}={value}" for key, value in {**MODEL, "num_hidden_layers": layers}.items()]
     told = [*RUN, *BACKENDS[backend], *ARMS[arm], *sizes, f"data.root={here}", f"run_dir={here}/run"]
