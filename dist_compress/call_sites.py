@@ -179,7 +179,7 @@ class _Look(Watched):
             result = self.inner(*args, **kwargs)
         for call in self.calls().values():  # of an earlier `expose`; they do not come by here
             mode.counts[call.function] = call.num_calls
-        self.seen.setdefault(self.where, []).append(mode.counts)
+        self.seen.setdefault(self.where, []).append(Counter(mode.counts))
         return result
 
 

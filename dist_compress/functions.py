@@ -24,12 +24,11 @@ these steps, and holds the matrix of attention. An nn.MultiheadAttention that is
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
-from types import CodeType, FrameType, MethodType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -37,9 +36,11 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from dist_compress import multihead
 from dist_compress.errors import UserError
+from dist_compress.forwards import Forward
 
 ATTENTION = "scaled_dot_product_attention"
 PARTS = {"matmul_0": "matmul", "softmax_0": "softmax", "matmul_1": "matmul"}  # of attention
@@ -93,36 +94,29 @@ class AttentionCall(Call):
         return _attention(self, *operands, **run.keywords)  # type: ignore[attr-defined]
 
 
-class Watched:
-    """Stands in the place of a module's forward. (An object that knows the module, so that a deep copy of the module
-    runs the copy.)"""
+class Watched(Forward):
+    """Leads the calls that a module's forward makes through their `Call`."""
 
     def __init__(self, owner: nn.Module, where: str) -> None:
-        self.owner, self.where = owner, where
-        self.previous: Callable[..., Any] | None = vars(owner).get("forward")
-        owner.forward = self  # type: ignore[method-assign]
+        super().__init__(owner)
+        self.where = where
+        self.inside = 0  # calls of modules in the forward that have not returned, where `heed` counts them
 
-    def remove(self) -> None:
-        """The module's forward is what it was."""
-        if self.previous is None:
-            del self.owner.forward
-        else:
-            self.owner.forward = self.previous  # type: ignore[method-assign]
+    def of_class(self) -> Callable[..., Any]:
+        return multihead.forward if multihead.opens(self.owner) else type(self.owner).forward
 
-    @property
-    def inner(self) -> Callable[..., Any]:
-        if self.previous is not None:
-            return self.previous
-        forward = multihead.forward if multihead.opens(self.owner) else type(self.owner).forward
-        return MethodType(forward, self.owner)
+    def heed(self) -> list[RemovableHandle]:
+        """Count calls of modules in the forward: torch.compile, which runs it, has no frames to tell them by."""
 
-    @property
-    def __code__(self) -> CodeType:  # torch.export asks for it
-        return self.inner.__code__
+        def enter(module: nn.Module, args: Any) -> None:
+            self.inside += 1
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.inner)
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self.inside -= 1
+
+        inner = [m for m in self.owner.modules() if m is not self.owner]
+        before = [module.register_forward_pre_hook(enter, prepend=True) for module in inner]
+        return [*before, *(module.register_forward_hook(leave) for module in inner)]
 
     def calls(self) -> dict[str, Call]:
         return {name: m for name, m in self.owner._modules.items() if isinstance(m, Call)}
@@ -130,12 +124,14 @@ class Watched:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         calls = self.calls()
         expected = {call.function: call.num_calls for call in calls.values()}
+        counts = dict.fromkeys(expected, 0)
+        self.inside = 0
 
         def act(function: str, index: int, operands: tuple[torch.Tensor, ...], run: Run) -> Any:
             if index >= expected[function]:
                 raise self._other_number(function, f"more than {expected[function]}", expected[function])
             call = calls.get(f"{function}_{index}")
-            if call is not None and _recomputed(sys._getframe(1)):
+            if call is not None and not torch.compiler.is_compiling() and _recomputed(sys._getframe(1)):
                 raise UserError(
                     f"{self.where or 'the model'}: {function}_{index} is a target, but is called inside of "
                     "torch.utils.checkpoint, which repeats a part of the forward without it. Checkpoint the whole "
@@ -143,11 +139,11 @@ class Watched:
                 )
             return run(*operands) if call is None else call(*operands, run=run)
 
-        with Calls(self.owner, expected, act) as mode:
-            result = self.inner(*args, **kwargs)
+        with Calls(self.owner, expected, act, counts, lambda: self.inside > 0):
+            result = self.run_inner(*args, **kwargs)
         for function, num in expected.items():
-            if mode.counts[function] != num:
-                raise self._other_number(function, str(mode.counts[function]), num)
+            if counts[function] != num:
+                raise self._other_number(function, str(counts[function]), num)
         return result
 
     def _other_number(self, function: str, found: str, expected: int) -> UserError:
@@ -168,15 +164,19 @@ class Calls(TorchFunctionMode):
     def __init__(
         self, owner: nn.Module, functions: Mapping[str, Any] | tuple[str, ...],
         act: Callable[[str, int, tuple[torch.Tensor, ...], Run], Any],
+        counts: dict[str, int] | None = None, elsewhere: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
+        """`counts`: of calls so far, of each function; `elsewhere`: whether another module runs, in a graph."""
         super().__init__()
-        self.owner, self.functions, self.act = owner, functions, act
-        self.counts: Counter[str] = Counter()
+        self.owner, self.functions, self.act, self.elsewhere = owner, functions, act, elsewhere
+        self.counts: dict[str, int] = Counter() if counts is None else counts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         function = _FUNCTION_OF.get(func)
-        if function is None or function not in self.functions or not _runs_in(self.owner, sys._getframe(1)):
+        if function is None or function not in self.functions:
+            return func(*args, **kwargs)
+        if self.elsewhere() if torch.compiler.is_compiling() else not _runs_in(self.owner, sys._getframe(1)):
             return func(*args, **kwargs)
         split = _split(function, func, args, kwargs)
         if split is None:

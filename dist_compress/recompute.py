@@ -10,12 +10,10 @@ Everything here is local.
 
 from __future__ import annotations
 
-import inspect
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from types import CodeType, MethodType
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_compress.errors import UserError
+from dist_compress.forwards import Forward
 
 KEY = "train.activation_checkpointing"
 _again: ContextVar[bool] = ContextVar("again", default=False)  # of this thread: backward passes have their own
@@ -39,14 +38,14 @@ class Recompute:
     def __init__(self, classes: Sequence[str]) -> None:
         """`classes`: names of them, as of `backend.wrap`; [] changes nothing."""
         self.classes = list(classes)
-        self.put: list[_Forward] = []
+        self.put: list[_Again] = []
 
     def put_on(self, model: nn.Module) -> None:
         """From now on they do. Raises UserError, the same on every rank, for a class that the model does not have."""
         types = {type(module).__name__ for module in model.modules()}
         if unknown := [name for name in self.classes if name not in types]:
             raise UserError(f"{KEY}: no module of the model is a {unknown[0]!r}. There are {', '.join(sorted(types))}.")
-        self.put = [_Forward(module) for module in model.modules() if type(module).__name__ in self.classes]
+        self.put = [_Again(module) for module in model.modules() if type(module).__name__ in self.classes]
 
     def take_off(self) -> None:
         """Forwards are what they were before `put_on`."""
@@ -55,37 +54,13 @@ class Recompute:
         self.put = []
 
 
-class _Forward:
-    """Stands in the place of a module's forward. (An object that knows the module, so that a deep copy of the module
-    runs the copy.)"""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.previous: Callable[..., Any] | None = vars(module).get("forward")
-        module.forward = self  # type: ignore[method-assign]
-
-    def remove(self) -> None:
-        if self.previous is None:
-            del self.module.forward
-        else:
-            self.module.forward = self.previous  # type: ignore[method-assign]
-
-    @property
-    def inner(self) -> Callable[..., Any]:
-        return self.previous or MethodType(type(self.module).forward, self.module)
-
-    @property
-    def __code__(self) -> CodeType:  # torch.export asks for it
-        return self.inner.__code__
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.inner)
-
+class _Again(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return self.inner(*args, **kwargs)
-        return checkpoint(self.inner, *args, use_reentrant=False, context_fn=_contexts, **kwargs)
+            return self.run_inner(*args, **kwargs)
+        if torch.compiler.is_compiling():  # what runs again is decided in the graph: nothing is heard there
+            return checkpoint(self.run_inner, *args, use_reentrant=False, **kwargs)
+        return checkpoint(self.run_inner, *args, use_reentrant=False, context_fn=_contexts, **kwargs)
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

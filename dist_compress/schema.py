@@ -42,6 +42,7 @@ class TrainConfig:
     precision: str = "fp32"  # fp32 | bf16 (autocast)
     clip_norm: float | None = None
     sync_batchnorm: bool = False
+    compile: bool = False  # the passes that train, by torch.compile
     activation_checkpointing: list[str] = field(default_factory=list)  # class names of modules that run again
     channels_last: bool = False  # memory format of images and convolutions: often faster
     num_threads: int | None = None  # CPU threads per rank; None: 1 when exact, else torch's choice

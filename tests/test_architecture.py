@@ -28,11 +28,11 @@ LAYERS = [
     ["parts", "initial"],
     ["projection", "exchange", "statistic", "tracing", "slices", "gradient_norm"],
     ["layout"],
-    ["fingerprint", "target", "selection", "blocks", "linear_form", "calling", "comm"],
+    ["fingerprint", "target", "selection", "blocks", "linear_form", "calling", "comm", "compiling"],
     ["duration", "hashing", "functions", "moments", "recompute", "roll_call"],
     ["config", "multihead"],
     ["schema"],
-    ["strict"],
+    ["strict", "forwards"],
     ["errors"],
 ]
 LEVEL = {name: -i for i, names in enumerate(LAYERS) for name in names}

@@ -2,70 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from block_net import Net
+from fused_runs import AGAIN, BACKENDS, NETS, dressed, heard, job_of, whole_run
 from torch import nn
-from torch.utils._pytree import tree_flatten_with_path
 
-from dist_compress import compose, outcome, run
 from dist_compress.calling import Headless, call_headless
 from dist_compress.errors import UserError
-from dist_compress.layout import local_part
 from dist_compress.recompute import Recompute, recomputing
 from dist_compress.training.batchnorm import BatchNormTracker
-
-RUN = [
-    "+recipe=smoke",
-    "train.exact=true",
-    "train.channels_last=false",
-    "train.max_steps=10",
-    "train.eval_batch_size=180",
-    "data.image_size=8",
-    "optim=adamw",
-    "optim.lr=0.003",
-    "quantization=qat",
-    "quantization.start=1steps",
-    "quantization.calibration_steps=1",
-    "distillation=self",
-    "distillation.teacher.start=1steps",
-    "pruning.schedule={name: linear, start: 4steps, end: 6steps, num_decisions: 2}",
-    "checkpoint.every_steps=null",
-    "export=[]",
-]
-NETS = {
-    "transformer": [
-        "+model._target_=block_net.Net",
-        "pruning.config_list=[{op_names_re: ['.*up'], dependency_group_id: auto, granularity: out_channel},"
-        "{op_names_re: ['.*proj'], method: wanda, sparse_ratio: 0.5},"
-        "{op_types: [ReLU], target_names: [_output_], method: mean_activation, granularity: per_channel}]",
-        "pruning.method=taylor",
-        "quantization.config_list=[{op_types: [Linear, add]}]",
-        "distillation.config_list=[{op_names: [blocks.0.up], method: fitnets}]",
-    ],
-    "batchnorm": [
-        "pruning.method=mean_activation",
-        "quantization.config_list=[{op_types: [Conv2d, Linear]}]",
-        "distillation.config_list=[{op_names: [layer1.0.conv2], method: fitnets}]",
-    ],
-}
-
-AGAIN = "train.activation_checkpointing=[Block]"  # of both nets
-
-
-def job_of(run_dir: str, net: str, *overrides: str) -> run.Job:
-    outcome.LATENCY_S = 0.05
-    Path(run_dir).mkdir(exist_ok=True)
-    return run.Job(compose.compose(compose.parse([*RUN, *NETS[net], *overrides, f"run_dir={run_dir}"])))
 
 
 @contextmanager
@@ -75,50 +27,6 @@ def deaf(name: str | None) -> Iterator[None]:
         if name is not None:
             stack.enter_context(mock.patch(f"dist_compress.{name}.recomputing", lambda: False))
         yield
-
-
-def heard(run_dir: str, net: str, steps: int, *overrides: str, control: str | None = None) -> dict[str, str]:
-    """{what a run holds after some steps: its bits}: weights, moments, and all that was observed."""
-    with deaf(control):
-        job = job_of(run_dir, net, *overrides)
-        for step, event in job.events():
-            if step < steps:
-                job.trainer.train(until=step)
-                event()
-        job.trainer.train(until=steps)
-        found = {}
-        for path, leaf in tree_flatten_with_path(job.trainer.state())[0]:
-            tensor = isinstance(leaf, torch.Tensor)
-            value = local_part(leaf).contiguous().numpy().tobytes() if tensor else repr(leaf).encode()
-            found["/".join(map(str, path))] = hashlib.sha256(value).hexdigest()
-        job.reporter.close(finished=False)
-    return found
-
-
-def whole_run(run_dir: str, net: str, *overrides: str) -> dict[str, Any]:
-    """What became of a run, its losses, and the modules that are run again after the shrink, and as delivered."""
-    job = job_of(run_dir, net, *overrides)
-    job.train()
-    shrunk = dressed(job.model)
-    job.deliver()
-    rows = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    summary = json.loads((Path(run_dir) / "summary.json").read_text())
-    names = ("fingerprint/weights", "fingerprint/plan", "fingerprint/scales", "loss/masked", "loss/after", "macs/after")
-    bits: dict[str, Any] = {name: summary[name] for name in names}
-    bits["decisions"] = json.loads((Path(run_dir) / "facts.json").read_text())["methods"]["decisions"]
-    bits["losses"] = [{k: v for k, v in row.items() if "loss" in k} for row in rows]
-    return {
-        "bits": bits,
-        "shrunk": shrunk,
-        "delivered": dressed(job.model),
-        "smaller": summary["macs/after"] / summary["macs/before"],
-    }
-
-
-def dressed(model: nn.Module) -> list[str]:
-    return [
-        name for name, m in model.named_modules() if type(vars(m).get("forward")).__module__ == Recompute.__module__
-    ]
 
 
 @pytest.fixture(scope="module", params=NETS)
@@ -135,15 +43,6 @@ def test_a_run_has_the_bits_of_one_that_keeps_its_activations(ranks, tmp_path, p
     found = ranks(n, whole_run, str(tmp_path), net, AGAIN, timeout_s=100)[0]
     assert len(found["shrunk"]) >= 2 and not found["delivered"]  # and it is what was asked for
     assert found["bits"] == bits
-
-
-BACKENDS = {
-    "ddp": ["backend=ddp", "train.exact=false"],
-    "fsdp exact": ["backend=fsdp", "backend.wrap=[Block]"],
-    "fsdp": ["backend=fsdp", "backend.wrap=[Block]", "train.exact=false"],
-    "fsdp, units inside": ["backend=fsdp", "backend.wrap=[LayerNorm,FusedAttention]", "train.exact=false"],
-    **{f"zero-{s}": ["backend=deepspeed", f"backend.stage={s}", "train.exact=false"] for s in range(4)},
-}
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -173,7 +72,8 @@ def test_what_is_heard_of_sharded_models(ranks, tmp_path, net, name):
 def test_what_is_counted_is_counted_once_and_twice_would_be_seen(tmp_path, net, control, twice):
     bits = heard(str(tmp_path / "plain"), net, 4)
     assert heard(str(tmp_path / "again"), net, 4, AGAIN) == bits
-    other = heard(str(tmp_path / "control"), net, 4, AGAIN, control=control)
+    with deaf(control):
+        other = heard(str(tmp_path / "control"), net, 4, AGAIN)
     changed = [name for name in bits if other[name] != bits[name]]
     assert changed and all(twice in name for name in changed)
 

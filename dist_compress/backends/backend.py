@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_compress import comm, compiling
+from dist_compress.compiling import Compiled
 from dist_compress.config import Config
 from dist_compress.gradient_norm import total_norm
 from dist_compress.layout import Layout
@@ -35,7 +37,10 @@ class Backend:
     def __init__(self, config: Config, options: Any = None) -> None:
         """`options`: the `Options` of the backend's file. Raises UserError for what it cannot do."""
         self.options, self.exact = options, bool(config.train.exact)
-        self.recompute = Recompute(config.train.activation_checkpointing)
+        self.recompute, self.compiles = Recompute(config.train.activation_checkpointing), config.train.compile
+        self.compiled: list[Compiled] = []
+        if self.compiles:
+            compiling.check(config, comm.device())
         self.num_micro = config.train.global_batch_size // config.train.micro_batch_size
         self.model: nn.Module | None = None
 
@@ -52,7 +57,7 @@ class Backend:
         rank 0's buffers. `source`: where weights come from if the parameters of `model` are on the meta device.
         `whole`: names of the parameters that stay whole on every rank."""
         self.model, self.layout = model, Layout(model)
-        self.recompute.put_on(model)
+        self.dress(model)
         return model
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -63,7 +68,25 @@ class Backend:
     def release(self) -> None:
         """Take what wraps the model off it, in place; parameters that lie in parts become meta tensors. Whoever needs
         them has read them before. Local."""
+        self.undress()
+
+    def dress(self, model: nn.Module) -> None:
+        """Change how modules are called: `train.activation_checkpointing`, `train.compile`. To be called in `wrap`,
+        before anything else is put around them. Raises UserError. Local."""
+        self.recompute.put_on(model)
+        if self.compiles:
+            self.compiled = compiling.put_on(model, self.graphs(model), self.recompute)
+
+    def undress(self) -> None:
+        """They are called as before. To be called in `release`. Local."""
+        for forward in self.compiled:
+            forward.remove()
+        self.compiled = []
         self.recompute.take_off()
+
+    def graphs(self, model: nn.Module) -> list[nn.Module]:
+        """The modules of which each is compiled as one graph. Local."""
+        return [model]
 
     def unwrap(self) -> nn.Module:
         """The user's model. Local."""

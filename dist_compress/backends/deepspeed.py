@@ -95,7 +95,7 @@ class DeepSpeed(Ddp):
                 "ZeRO cannot leave so. Choose a method of quantization without learned scales (qat), or backend=fsdp."
             )
         self.model = model
-        self.recompute.put_on(model)
+        self.dress(model)
         if source is None:
             spread(model)
         self.snapshot = Snapshot(model, model, owner="deepspeed")
@@ -125,7 +125,7 @@ class DeepSpeed(Ddp):
         return _Called(self.model, self.engine), self.engine.optimizer
 
     def release(self) -> None:
-        self.recompute.take_off()
+        self.undress()
         if not self.used:
             return
         self.engine.destroy()
@@ -136,6 +136,14 @@ class DeepSpeed(Ddp):
             self.snapshot.restore()
         self.partitions = None
         del self.engine
+
+    def graphs(self, model: nn.Module) -> list[nn.Module]:
+        if self.used and self.options.stage == 3:
+            raise UserError(
+                "train.compile=true with backend.stage=3: ZeRO-3 gathers weights inside of what would be a graph. Set "
+                "train.compile=false, backend.stage=2, or choose backend=fsdp."
+            )
+        return super().graphs(model)
 
     def rest(self) -> None:
         if self.partitions is not None:

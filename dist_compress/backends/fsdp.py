@@ -95,7 +95,7 @@ class Fsdp(Ddp):
         if not self.sharded:
             return super().wrap(model, source, whole)
         self.model = model
-        self.recompute.put_on(model)
+        self.dress(model)
         if source is None:
             spread(model)
         dtype = DTYPES[self.options.param_dtype]
@@ -123,10 +123,15 @@ class Fsdp(Ddp):
         return model
 
     def release(self) -> None:
-        self.recompute.take_off()
+        self.undress()
         for snapshot in reversed(self.snapshots):
             snapshot.restore()
         self.snapshots = []
+
+    def graphs(self, model: nn.Module) -> list[nn.Module]:
+        """Units with no other ones inside: nothing is gathered within a graph."""
+        found = units(model, self.options)
+        return [unit for unit in found if not any(m in found for m in unit.modules() if m is not unit)]
 
     def rest(self) -> None:
         for module in self._units():

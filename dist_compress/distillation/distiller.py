@@ -53,7 +53,8 @@ def build(config: Config, split: Any, teacher_model: Callable[[], nn.Module]) ->
                 "the answers of its own samples. Set it to false, or mode=online."
             )
         return [Distiller(config, StoreTeacher(config, split))]
-    return [Distiller(config, OnlineTeacher(teacher_model(), config.distillation.teacher.precision))]
+    precision = config.distillation.teacher.precision
+    return [Distiller(config, OnlineTeacher(teacher_model(), precision, config.train.compile))]
 
 
 class Distiller(Method):

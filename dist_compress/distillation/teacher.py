@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from dist_compress.calling import Headless, call, call_headless, class_name, logits, output_layer
+from dist_compress.compiling import Compiled
 from dist_compress.layout import Layout, local_part
 from dist_compress.parts import Parts
 
@@ -40,7 +41,8 @@ class OnlineTeacher:
     """A network that is asked: `model`, changed to `precision`, eval mode and no gradients. A replica on every rank, or
     sharded by `fully_shard` once it was in that precision."""
 
-    def __init__(self, model: nn.Module, precision: str = "fp32") -> None:
+    def __init__(self, model: nn.Module, precision: str = "fp32", compiles: bool = False) -> None:
+        """`compiles`: by torch.compile, where it is a replica."""
         self.dtype, self.precision = DTYPES[precision], precision
         self.layout = Layout(model)
         self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
@@ -50,6 +52,9 @@ class OnlineTeacher:
         else:
             model = model.to(self.dtype)
         self.model: nn.Module | None = model.eval().requires_grad_(False)
+        self.left_out = ", not compiled" if compiles and self.sharded else ""
+        if compiles and not self.sharded:
+            Compiled(self.model, "the teacher", trains=False)
         self.size = sum(p.numel() for p in model.parameters())
         self.rows: slice | None = None  # of the output layer, that are asked for
         self.told = ""
@@ -111,6 +116,6 @@ class OnlineTeacher:
     def note(self) -> str:
         assert self.model is not None
         held = sum(local_part(p).numel() for p in self.model.parameters())
-        where = f"sharded: {held:,} of them on this rank" if self.sharded else "on every rank"
+        where = f"sharded: {held:,} of them on this rank{self.left_out}" if self.sharded else "on every rank"
         name, told = class_name(self.model), f"{where}{self.told}"
         return f"teacher: {name} with {self.size:,} parameters in {self.precision}, {told}"

@@ -47,8 +47,9 @@ class Gates(UnitListener):
 
     def _look_again(self, model: nn.Module, names: Iterable[str]) -> Callable[..., None]:
         def look(module: nn.Module, args: Any) -> None:
-            for name in names:
-                self._hook_leaf(model, name)
+            if not torch.compiler.is_compiling():  # what is gathered for a graph was seen when that was called
+                for name in names:
+                    self._hook_leaf(model, name)
 
         return look
 

@@ -39,7 +39,7 @@ from dist_compress.pruning.search import Search
 from dist_compress.pruning.seen import Seen
 from dist_compress.pruning.solving import solve
 from dist_compress.pruning.unit_decision import UnitDecision
-from dist_compress.pruning.unit_listeners import unit_listeners
+from dist_compress.pruning.unit_listeners import refuse_compiled, unit_listeners
 from dist_compress.pruning.unit_scores import by_set, own_scores
 from dist_compress.pruning.units import collect
 from dist_compress.sites import Sites
@@ -104,6 +104,7 @@ class Pruner(Method):
         # Each decision hears the steps since the one before it, the first as many, a single one those of an epoch.
         heard = later[0] - first if later else max(round(context.steps_per_epoch), 1)
         self.listen_from = max(first - heard, 0)
+        refuse_compiled(context.config.train, self.sets, self.scorers)
         self.unit_listeners = unit_listeners(model, self.activations, self.sets, self.scorers, context.num_micro)
         self.block_data = BlockData(self.elements, model, self.scorers, context.num_micro)
         self.running = Running(self.elements, self.scorers)

@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import nn
 
+from dist_compress.errors import UserError
 from dist_compress.pruning.activations import Activations
 from dist_compress.pruning.gates import Gates
 from dist_compress.pruning.hearing import Hearing
@@ -14,6 +15,7 @@ from dist_compress.pruning.listener import UnitListener
 from dist_compress.pruning.metric import Metric
 from dist_compress.pruning.outputs import Outputs
 from dist_compress.pruning.units import UnitSet
+from dist_compress.schema import TrainConfig
 
 _FROM_START = "_from_start"  # of methods that accumulate
 
@@ -28,6 +30,18 @@ def heard_together(sets: Sequence[UnitSet], metrics: Mapping[str, Metric]) -> di
         elif metric.data_driven:
             found.setdefault(metric.hears + _FROM_START * metric.accumulates, []).append(i)
     return found
+
+
+def refuse_compiled(train: TrainConfig, sets: Sequence[UnitSet], metrics: Mapping[str, Metric]) -> None:
+    """Raise UserError for what can hear nothing in a graph of `train.compile`: gradients on their way through it."""
+    for heard, mine in heard_together(sets, metrics).items() if train.compile else ():
+        for unit_set in (sets[i] for i in mine):
+            if metrics[unit_set.targets[0]].wants_gradients and not heard.startswith("gates"):
+                raise UserError(
+                    f"{unit_set.name}: {unit_set.setting.said_by('method')} scores by the gradient of an activation, "
+                    "which train.compile=true leaves inside of its graph. Choose a method without (mean_activation, "
+                    "apoz; taylor on weights), or set train.compile=false."
+                )
 
 
 def unit_listeners(

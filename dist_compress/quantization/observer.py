@@ -48,7 +48,8 @@ class Observer:
             return [torch.full_like(self._extent, NONE), torch.zeros_like(self._seen)]
         low, high = extent(x, self.granularity)
         bad = torch.zeros_like(self._seen[:1])
-        if not bool((low.isfinite() & high.isfinite()).all()):
+        # In a graph (torch.compile) no value decides what runs; there the passes over x are one.
+        if torch.compiler.is_compiling() or not bool((low.isfinite() & high.isfinite()).all()):
             finite = x.isfinite()
             low, _ = extent(torch.where(finite, x, -NONE), self.granularity)
             _, high = extent(torch.where(finite, x, NONE), self.granularity)
