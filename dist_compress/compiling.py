@@ -12,6 +12,7 @@ Everything here is local.
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -67,7 +68,8 @@ class Compiled(Forward):
         """`name`: of the module, for messages; `trains`: passes without gradients run as they are."""
         super().__init__(owner)
         self.name, self.trains = name or "the model", trains
-        config: Any = torch._dynamo.config
+        config: Any = torch._dynamo.config  # imported when it is asked for: it takes seconds
+        self.refusal: type[Exception] = importlib.import_module("torch._dynamo.exc").TorchDynamoException
         config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
         if hasattr(config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
             config.skip_fwd_side_effects_in_bwd_under_checkpoint = True  # what is counted, in a forward that runs again
@@ -79,7 +81,7 @@ class Compiled(Forward):
             return self.inner(*args, **kwargs)
         try:
             return self.run(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except self.refusal as error:
             raise UserError(
                 f"{KEY}: {self.name} cannot be compiled as one graph. {_reason(error)} Set train.compile=false."
             ) from error
