@@ -96,26 +96,25 @@ def begin(modules: Build, loaded: Build, placed: Callable[[nn.Module], nn.Module
         why = _why_whole(made[0], example)
         return inventory(made[0]), why
 
+    bare = skeleton(modules) if comm.rank() != 0 else None  # while rank 0 is busy
     wanted, why = comm.on_rank0(make)
     if why:
         whole = placed(made[0] if made else loaded())
         return Initial(whole, example, note=f"every rank builds the whole model: without weights {why}")
-    model = made[0] if made else skeleton(modules, wanted)
+    model = made[0] if made else bare if bare is not None and inventory(bare) == wanted else modules()
     comm.check_order("modules, parameters and buffers of the model", inventory(model))
     _spread(model)
     return Initial(model, example, _taken_out(model))
 
 
-def skeleton(build: Build, wanted: list[str]) -> nn.Module:
-    """The model of this `inventory`, on the meta device if that is possible, else as it was built on the CPU. Local."""
+def skeleton(build: Build) -> nn.Module | None:
+    """The model on the meta device, if that is possible. Local."""
     try:
         with torch.device("meta"), _Made() as made:
             model = build()
-        if inventory(model) == wanted and not made.hidden(model):
-            return model
     except Exception:  # on the CPU it says why, if it fails there too
-        pass
-    return build()
+        return None
+    return None if made.hidden(model) else model
 
 
 def inventory(model: nn.Module) -> list[str]:

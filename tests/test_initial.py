@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from whole_runs import killed_at
 
 RUN = [
     "+recipe=smoke",
@@ -121,7 +122,7 @@ def started(run_dir: str, backend: list[str]) -> dict[str, Any]:
         kind.wrap = noting(kind)  # type: ignore[method-assign]
     Path(run_dir).mkdir(exist_ok=True)
     try:
-        job = Job(compose.compose(compose.parse([*RUN, "train.exact=false", *backend, f"run_dir={run_dir}"])))
+        job = Job(compose.compose(compose.parse([*RUN, *backend, f"run_dir={run_dir}"])))
     finally:
         for kind, original in originals.items():
             kind.wrap = original  # type: ignore[method-assign]
@@ -135,12 +136,24 @@ def started(run_dir: str, backend: list[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "backend",
-    [["backend=fsdp", "backend.min_params=10000"], ["backend=deepspeed", "backend.stage=3"]],
+    [["backend=fsdp", "backend.min_params=10000"], ["train.exact=false", "backend=deepspeed", "backend.stage=3"]],
 )
 def test_no_whole_parameter_before_and_after_it_is_sharded(ranks: Any, tmp_path: Path, backend: list[str]) -> None:
     for found in ranks(3, started, str(tmp_path), backend):  # of three, no part has the shape of another whole
         assert found["meta"] and found["num"] > 3
         assert found["whole"] == 0
+
+
+def killed_run(run_dir: str, step: int, *overrides: str) -> None:
+    with killed_at(step):
+        whole_run(run_dir, *overrides)
+
+
+def test_no_whole_parameter_when_a_small_model_is_resumed(ranks: Any, tmp_path: Path) -> None:
+    words = [*HIDDEN, "backend=fsdp", "backend.min_params=10000", "checkpoint.every_steps=1"]
+    ranks(2, killed_run, str(tmp_path), 6, *words)
+    for found in ranks(3, started, str(tmp_path), words):
+        assert found["meta"] and found["num"] > 3 and found["whole"] == 0
 
 
 def test_negative_control(ranks: Any, tmp_path: Path) -> None:

@@ -38,14 +38,19 @@ class _Weightless(TorchDispatchMode):
             args, kwargs = tree_map_only(torch.Tensor, lambda t: t if t.is_meta else t.to("meta"), (args, kwargs))
             if kwargs.get("device") is not None:
                 kwargs["device"] = torch.device("meta")
-        elif _names_meta(kwargs) and not _is_state(func, kwargs):
+        elif _names_meta(kwargs) and not _says_nothing(func, kwargs):
             kwargs["device"] = torch.device(self.device)  # it goes to where the weights are, but is not made of them
         return func(*args, **kwargs)
 
 
-def _is_state(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether it makes zeros that a recurrent layer may begin with, whose device must be that of its input."""
-    return func is torch.ops.aten.zeros.default and (kwargs.get("dtype") or torch.float32).is_floating_point
+def _says_nothing(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether it makes a tensor of no values, or of zeros, which a recurrent layer begins with: their device must be
+    that of its input."""
+    real = (kwargs.get("dtype") or torch.float32).is_floating_point
+    return func in _EMPTY or func is torch.ops.aten.zeros.default and real
+
+
+_EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default)
 
 
 def _names_meta(kwargs: dict[str, Any]) -> bool:
