@@ -164,7 +164,7 @@ def measure(folder: Path, num_ranks: int, backend: str, arm: str, layers: int) -
         env={**os.environ, **threads}, capture_output=True, text=True,
     )  # fmt: skip
     if run.returncode:
-        sys.exit(f"{backend} on {num_ranks} ranks, {arm}:\n{run.stderr[-3000:]}")
+        sys.exit(f"{backend} on {num_ranks} ranks, {arm}:\n{run.stderr[-12000:]}")
     ranks = [json.loads(Path(f"{here}/found.{rank}").read_text()) for rank in range(num_ranks)]
     return {key: max(found[key] for found in ranks) if key == "params" else
             [max(found[key][i] for found in ranks) for i in (0, 1)] for key in ranks[0]}  # fmt: skip
