@@ -47,7 +47,7 @@ NETS = {
     ],
     "batchnorm": [
         "pruning.method=mean_activation",
-        "quantization.config_list=[{op_types: [Conv2d, Linear]}]",
+        "quantization.config_list=[{op_types: [Conv2d, Linear, add]}]",
         "distillation.config_list=[{op_names: [layer1.0.conv2], method: fitnets}]",
     ],
 }

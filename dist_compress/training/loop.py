@@ -58,12 +58,12 @@ class Trainer:
         self._build(source)
 
     def _build(self, source: Source | None = None) -> None:
+        self.norms = BatchNormTracker(self.model)  # first: what wraps the model may have to see its hooks
         module = self.backend.wrap(self.model, source, [n for m in self.methods for n in m.unsharded()])
         self.names, undecayed = optim.trained(self.model), [n for m in self.methods for n in m.undecayed()]
         optimizer = optim.build(self.config.optim, self.names, undecayed)
         self.module, self.optimizer = self.backend.prepare(module, optimizer)
         self.projection.layout = self.backend.layout
-        self.norms = BatchNormTracker(self.model)
 
     def release(self) -> Parts:
         """Take `model` out of its wrapping, to be shrunk in place; `rebuild` has to follow. Returns what this rank
