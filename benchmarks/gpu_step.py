@@ -26,13 +26,12 @@ from dist_compress.run import Job
 
 LAST = 10_000_000
 COMMON = [
-    "logger=none", "export=[]", "train.exact=false", "train.precision=bf16", f"train.max_steps={LAST}",
+    "logger=none", "export=[]", "train.exact=false", "train.precision=bf16", f"train.max_steps={LAST}", "optim.lr=0.00001",
     f"train.log_every_steps={LAST}", "checkpoint.every_steps=null",
 ]  # fmt: skip
 COMPRESSED = [
     "pruning.method=l1_norm", "pruning.sparse_ratio=0.5", f"speedup.at={LAST}steps",
     "pruning.schedule={name: one_shot, start: 1steps, end: 1steps, num_decisions: 1}",
-    "pruning.config_list=[{op_types: [Conv2d, Linear], granularity: element}]",
     "quantization=qat", "quantization.start=2steps", "quantization.calibration_steps=1", "quantization.freeze=1.0",
     "distillation=self", "distillation.teacher.start=1steps",
 ]  # fmt: skip
@@ -41,10 +40,10 @@ COMPRESSED = [
 class Pictures:
     """Random images of random classes."""
 
-    num_samples, num_classes = 4096, 1000
+    num_classes = 1000
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, num_samples: int) -> None:
+        self.size, self.num_samples = size, num_samples
 
     def batch(self, ids: torch.Tensor, epoch: int | None) -> dict[str, torch.Tensor]:
         generator = torch.Generator(comm.device()).manual_seed(int(ids[0]))
@@ -55,7 +54,7 @@ class Pictures:
 
 def pictures(size: int) -> SimpleNamespace:
     """What `data._target_` asks for."""
-    return SimpleNamespace(train=Pictures(size), eval=Pictures(size))
+    return SimpleNamespace(train=Pictures(size, 4096), eval=Pictures(size, 64))  # evaluations are not measured
 
 
 def nets(small: bool) -> dict[str, tuple[list[str], str]]:
@@ -77,6 +76,11 @@ def nets(small: bool) -> dict[str, tuple[list[str], str]]:
         f"data.sequence_length={tokens}", f"train.global_batch_size={few}", f"train.micro_batch_size={few}",
     ]  # fmt: skip
     return {name: (images, block), f"llama of {sizes['num_hidden_layers']} layers": (text, "LlamaDecoderLayer")}
+
+
+def masked(blocks_of: str) -> str:
+    types = "Linear" if blocks_of.startswith("Llama") else "Conv2d, Linear"
+    return f"pruning.config_list=[{{op_types: [{types}], granularity: element}}]"
 
 
 def job_of(overrides: list[str]) -> Job:
@@ -111,7 +115,7 @@ def main(blocks: int, steps: int, compiled: bool, again: bool, small: bool) -> N
     for name, (overrides, blocks_of) in nets(small).items():
         both = [*overrides, f"train.compile={str(compiled).lower()}"]
         both += [f"train.activation_checkpointing=[{blocks_of}]"] if again else []
-        jobs = {"plain": job_of(both), "compressed": job_of([*both, *COMPRESSED])}
+        jobs = {"plain": job_of(both), "compressed": job_of([*both, *COMPRESSED, masked(blocks_of)])}
         for job in jobs.values():
             block(job, 3)  # warm up; what acts is compiled
         taken: dict[str, list[float]] = {which: [] for which in jobs}
