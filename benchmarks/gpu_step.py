@@ -26,7 +26,8 @@ from dist_compress.run import Job
 
 LAST = 10_000_000
 COMMON = [
-    "logger=none", "export=[]", "train.exact=false", "train.precision=bf16", f"train.max_steps={LAST}", "optim.lr=0.00001",
+    "logger=none", "export=[]", "train.exact=false", "train.precision=bf16", f"train.max_steps={LAST}",
+    "optim.lr=0.00001",
     f"train.log_every_steps={LAST}", "checkpoint.every_steps=null",
 ]  # fmt: skip
 COMPRESSED = [
