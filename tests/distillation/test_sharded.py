@@ -198,8 +198,7 @@ def teacher_of(run_dir: Path) -> str:
     return next(text for text in texts if text.startswith("teacher: "))
 
 
-@pytest.mark.parametrize("more", [LAYERS, SELF], ids=["other", "self"])
-@pytest.mark.parametrize("backend", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("backend", "more"), [("ddp", LAYERS), ("fsdp", LAYERS), ("fsdp", SELF)])
 def test_a_run_with_a_sharded_teacher_has_the_bits_of_one_rank(ranks, tmp_path, material, backend, more):
     """With five micro-batches, so that a rank of two or three has a dummy."""
     right = ranks(1, whole_run, str(material), str(tmp_path / "one"), EXACT, *more)[0]
