@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from fused_runs import AGAIN, BACKENDS, NETS, heard, whole_run
+from fused_runs import AGAIN, BACKENDS, heard, whole_run
 from torch import nn
 
 from dist_compress import compiling
@@ -31,11 +31,6 @@ def traced() -> Iterator[None]:
         yield
 
 
-def heard_in_graphs(*args: Any) -> dict[str, str]:
-    with traced():
-        return heard(*args)
-
-
 def run_in_graphs(*args: Any) -> dict[str, Any]:
     with traced():
         return whole_run(*args)
@@ -43,17 +38,9 @@ def run_in_graphs(*args: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("net", NETS)
-def test_graphs_have_all_that_acts_and_listens_in_a_forward(ranks, tmp_path, net):
-    plain = ranks(1, heard, str(tmp_path / "plain"), net, 4)
-    assert ranks(1, heard_in_graphs, str(tmp_path / "graphs"), net, 4, COMPILED, timeout_s=300) == plain
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["fsdp, units inside"])  # most graphs, and again after the shrink
-def test_a_run_is_the_same_in_graphs_on_two_ranks(ranks, tmp_path, name):
-    overrides = ["transformer", *BACKENDS[name], "distillation.config_list=[]"]
+def test_a_run_is_the_same_in_graphs_on_two_ranks(ranks, tmp_path):
+    """Of units inside of others, before and after the shrink."""
+    overrides = ["transformer", *BACKENDS["fsdp, units inside"], "distillation.config_list=[]"]
     bits = ranks(2, whole_run, str(tmp_path / "plain"), *overrides, timeout_s=110)[0]["bits"]
     found = ranks(2, run_in_graphs, str(tmp_path / "graphs"), *overrides, COMPILED, timeout_s=300)[0]
     assert found["shrunk"] and not found["delivered"] and found["bits"] == bits

@@ -79,7 +79,7 @@ def bits(found: dict[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name in names}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["taught", "quantized"])
 def test_as_on_one_rank(ranks: Any, tmp_path: Path, material: Path, way: str) -> None:
     words = WAYS[way]
     one = ranks(1, whole_run, str(material), str(tmp_path / "one"), *words)[0]
@@ -94,11 +94,10 @@ def test_as_on_one_rank(ranks: Any, tmp_path: Path, material: Path, way: str) ->
     assert bits(again[0]) == bits(one)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_zero_is_close_to_one_rank(ranks: Any, tmp_path: Path, material: Path, stage: int) -> None:
+def test_zero_is_close_to_one_rank(ranks: Any, tmp_path: Path, material: Path) -> None:
     words = [*WAYS["taught"], "train.exact=false"]
     one = ranks(1, whole_run, str(material), str(tmp_path / "one"), *words)[0]
-    how = ("backend=deepspeed", f"backend.stage={stage}")
+    how = ("backend=deepspeed", "backend.stage=3")
     two = ranks(2, whole_run, str(material), str(tmp_path / "two"), *words, *how)[0]
     assert two["fingerprint/plan"] == one["fingerprint/plan"] and two["losses"] == pytest.approx(
         one["losses"], rel=1e-5

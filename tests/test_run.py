@@ -80,7 +80,7 @@ def test_a_run_delivers_a_smaller_verified_model(one_rank: dict[str, dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("method", "size"), [("taylor", 2), ("taylor", 3), ("taylor", 4), ("l1_norm", 2), ("l1_norm", 4), ("l2_norm", 3)]
+    ("method", "size"), [("taylor", 3), ("taylor", 4), ("l1_norm", 2), ("l2_norm", 3)]
 )
 def test_equal_bits_at_any_number_of_ranks(
     ranks: Any, tmp_path: Path, one_rank: dict[str, dict[str, Any]], method: str, size: int
@@ -117,7 +117,7 @@ def test_negative_control_without_the_reduction_ranks_are_caught(ranks: Any, tmp
 
 @pytest.mark.parametrize(
     ("step", "size", "then"),
-    [(3, 2, 1), (7, 1, 3), (7, 3, 4), (9, 4, 2), (12, 2, 3)],  # dense; between decisions; after the shrink
+    [(3, 2, 1), (7, 3, 4), (12, 2, 3)],  # dense; between decisions; after the shrink
 )
 def test_a_killed_run_resumes_to_the_same_bits(
     ranks: Any, tmp_path: Path, one_rank: dict[str, dict[str, Any]], step: int, size: int, then: int

@@ -59,10 +59,9 @@ def test_trained_quantization_has_the_same_bits_on_any_number_of_ranks(ranks, tm
     assert len(one_rank["rows"]) == 2 * 20 + 2 * 9 and all(row["sqnr_db"] > 15 for row in one_rank["rows"])
 
 
-@pytest.mark.parametrize("step", [1, 4])
-def test_killed_and_resumed(ranks, tmp_path, one_rank, step):
-    """Before and after quantization began, there with observers still moving."""
-    ranks(2, killed_run, str(tmp_path), step, "checkpoint.every_steps=1", timeout_s=110)
+def test_killed_and_resumed(ranks, tmp_path, one_rank):
+    """After quantization began, with observers still moving."""
+    ranks(2, killed_run, str(tmp_path), 4, "checkpoint.every_steps=1", timeout_s=110)
     assert not (tmp_path / "summary.json").exists()
     for found in ranks(2, whole_run, str(tmp_path), "checkpoint.every_steps=1", timeout_s=110):
         assert bits(found) == bits(one_rank)

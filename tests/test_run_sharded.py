@@ -52,9 +52,9 @@ def one_rank(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return ranks(1, whole_run, str(tmp_path_factory.mktemp("one")))[0]
 
 
-@pytest.mark.parametrize("n", [3, 4])  # on 2: tests/test_run_backends.py
-def test_fsdp_has_the_bits_of_one_rank(ranks: Any, tmp_path: Path, one_rank: dict[str, Any], n: int) -> None:
-    found = ranks(n, whole_run, str(tmp_path), "backend=fsdp", "backend.min_params=10000")[0]
+def test_fsdp_has_the_bits_of_one_rank(ranks: Any, tmp_path: Path, one_rank: dict[str, Any]) -> None:
+    """On three ranks, of which some parameters give nothing to the last; on two and four below."""
+    found = ranks(3, whole_run, str(tmp_path), "backend=fsdp", "backend.min_params=10000")[0]
     assert found["macs/after"] < 0.6 * found["macs/before"] and found["verify/max_rel_diff"] <= 1e-5
     assert bits(found) == bits(one_rank)
 
@@ -66,7 +66,7 @@ def killed_run(run_dir: str, step: int, *overrides: str) -> None:
 
 @pytest.mark.parametrize(
     ("step", "size", "first", "then", "second"),
-    [(4, 3, "fsdp", 2, "ddp"), (5, 2, "ddp", 4, "fsdp"), (8, 4, "fsdp", 2, "fsdp")],
+    [(5, 2, "ddp", 3, "fsdp"), (8, 4, "fsdp", 2, "fsdp")],
 )
 def test_killed_and_resumed_on_other_ranks_and_another_backend(
     ranks: Any, tmp_path: Path, one_rank: dict[str, Any], step: int, size: int, first: str, then: int, second: str

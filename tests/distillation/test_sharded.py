@@ -198,7 +198,7 @@ def teacher_of(run_dir: Path) -> str:
     return next(text for text in texts if text.startswith("teacher: "))
 
 
-@pytest.mark.parametrize(("backend", "more"), [("ddp", LAYERS), ("fsdp", LAYERS), ("fsdp", SELF)])
+@pytest.mark.parametrize(("backend", "more"), [("ddp", LAYERS), ("fsdp", SELF)])
 def test_a_run_with_a_sharded_teacher_has_the_bits_of_one_rank(ranks, tmp_path, material, backend, more):
     """With five micro-batches, so that a rank of two or three has a dummy."""
     right = ranks(1, whole_run, str(material), str(tmp_path / "one"), EXACT, *more)[0]
@@ -248,13 +248,12 @@ def killed_run(folder: str, run_dir: str, *overrides: str) -> None:
 
 
 def test_a_sharded_teacher_of_its_own_student_is_resumed_elsewhere(ranks, tmp_path, material):
-    """Killed after it has got its weights, on three ranks with FSDP2; gone on with on two and on one."""
+    """Killed after it has got its weights, on three ranks with FSDP2; gone on with on two."""
     given = [EXACT, *SELF, "checkpoint.every_steps=1", "backend=fsdp", SHARDED]
     right = ranks(1, whole_run, str(material), str(tmp_path / "one"), *given)[0]
-    for n in (2, 1):
-        ranks(3, killed_run, str(material), str(run_dir := tmp_path / str(n)), *given)
-        found = ranks(n, whole_run, str(material), str(run_dir), *given)[0]
-        assert found["mark"] == right["mark"] and found["series"][-1] == right["series"][-1]
+    ranks(3, killed_run, str(material), str(tmp_path / "two"), *given)
+    found = ranks(2, whole_run, str(material), str(tmp_path / "two"), *given)[0]
+    assert found["mark"] == right["mark"] and found["series"][-1] == right["series"][-1]
 
 
 @pytest.mark.parametrize(
