@@ -36,9 +36,7 @@ def attach(*args: Any, **kwargs: Any) -> Attached:
     return attach(*args, **kwargs)
 
 
-def concrete_trace(
-    model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-) -> GraphModule:
+def concrete_trace(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> GraphModule:
     """The program that `model` runs on this input, recorded: see `dist_compress.tracing.recorder`."""
     from dist_compress.tracing.recorder import concrete_trace
 

@@ -342,7 +342,7 @@ class Job:
             self.collect()
             stored = comm.on_rank0(lambda: self.finish_alone(known))
         else:
-            self.trainer.release()
+            self.trainer.release()  # what is exported is called as the user wrote it
             stored = self.finish()
         for name, number in stored.items():
             self.reporter.event(f"{name} {number:,}", self.trainer.step)

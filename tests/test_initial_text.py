@@ -35,7 +35,7 @@ QUANTIZED = [
     "quantization.config_list=[{op_types: [Linear], target_names: [weight], quant_dtype: int4}, "
     "{op_types: [Linear], target_names: [_input_0], quant_dtype: int8}]",
 ]  # fmt: skip
-WAYS = {"pruned": PRUNED, "taught": [*PRUNED, *TAUGHT], "quantized": [*PRUNED, *QUANTIZED]}
+WAYS = {"taught": [*PRUNED, *TAUGHT], "quantized": [*PRUNED, *QUANTIZED]}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def bits(found: dict[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name in names}
 
 
-@pytest.mark.parametrize("way", ["taught", "quantized"])
+@pytest.mark.parametrize("way", WAYS)
 def test_as_on_one_rank(ranks: Any, tmp_path: Path, material: Path, way: str) -> None:
     words = WAYS[way]
     one = ranks(1, whole_run, str(material), str(tmp_path / "one"), *words)[0]

@@ -107,8 +107,6 @@ _WAVES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-
-
 def cases() -> list[Case]:
     found = []
     for table, auto, inputs in (

@@ -147,9 +147,7 @@ def _outputs(model: nn.Module, example: Any) -> list[torch.Tensor]:
     args, kwargs = example
     training = {module: module.training for module in model.modules()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    args, kwargs = tree_map(
-        lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, (args, kwargs or {})
-    )
+    args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, (args, kwargs or {}))
     try:
         with torch.no_grad():
             for module in training:
@@ -188,9 +186,7 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=".export_", dir=folder))
     try:
         yield scratch
-        for file in sorted(
-            scratch.iterdir(), key=lambda f: f.name == "model.json"
-        ):  # last: it vouches for the rest
+        for file in sorted(scratch.iterdir(), key=lambda f: f.name == "model.json"):  # last: it vouches for the rest
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
             file.replace(folder / file.name)
@@ -215,9 +211,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         ModelConfig(**known["model"])
         known["activation_masks"] = description.get("activation_masks", [])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"load({str(folder)!r}): model.json is damaged ({error!r}). Export it again."
-        ) from error
+        raise UserError(f"load({str(folder)!r}): model.json is damaged ({error!r}). Export it again.") from error
     if known["format"] != _FORMAT:
         raise UserError(
             f"load({str(folder)!r}): model.json has format {known['format']!r}, this version reads {_FORMAT}. "

@@ -292,7 +292,5 @@ def _follows(model: nn.Module, group: UnitGroup, role: str, name: str, targeted:
     if getattr(module, "groups", 1) > 1 and module.groups == getattr(module, "in_channels", 0):
         return True
     return all(
-        model.get_parameter(m.fqn).numel() == m.index.numel()
-        for m in group.members
-        if m.fqn == name and m.role == role
+        model.get_parameter(m.fqn).numel() == m.index.numel() for m in group.members if m.fqn == name and m.role == role
     )

@@ -17,9 +17,7 @@ from dist_compress.quantization.dtypes import QuantDtype
 EPS = torch.finfo(torch.float32).eps  # the smallest scale
 
 
-def qparams(
-    low: torch.Tensor, high: torch.Tensor, dtype: QuantDtype, scheme: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def qparams(low: torch.Tensor, high: torch.Tensor, dtype: QuantDtype, scheme: str) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 scale and int32 zero point, both of the shape of `low` and `high`, of ranges [low, high].
 
     int8, [-1, 3]:  affine                (4 / 255, -64)

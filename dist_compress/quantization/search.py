@@ -19,9 +19,7 @@ PARTS = 4  # points that stand for a bin
 LEAST_BINS = 32  # of the narrowest candidate of entropy_range
 
 
-def percentile_range(
-    counts: torch.Tensor, width: float, low: float, high: float, keep: float
-) -> tuple[float, float]:
+def percentile_range(counts: torch.Tensor, width: float, low: float, high: float, keep: float) -> tuple[float, float]:
     """The narrowest edges of bins with a fraction of at least `keep` of the values below the upper and above the
     lower one each, within [low, high]."""
     total = int(counts.sum())

@@ -184,9 +184,7 @@ def _curves(metrics: Sequence[Row], decisions: Sequence[Row]) -> list[dict[str, 
     for name in order:
         title, options = _CURVES.get(name, (name, {}))
         svg = charts.line_chart(title, groups[name], marks=marks, last_step=end, **options)
-        result.append(
-            {"title": title, "names": list(groups[name]), "svg": Markup(svg), "main": name in _CURVES}
-        )
+        result.append({"title": title, "names": list(groups[name]), "svg": Markup(svg), "main": name in _CURVES})
     return result
 
 

@@ -44,7 +44,6 @@ class Pointwise(Rule):
         for ref in self.operands(op):
             yield ref, sets.fit(total, f.shape(ref))
 
-
     def nonzero(self, op: Op, f) -> list[torch.Tensor]:
         sources = self._sources(op)
         if sources is None:

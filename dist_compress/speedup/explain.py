@@ -233,9 +233,7 @@ class Ties:
         origins = reach.get(start, wanted) & wanted
         return origins if bool(origins.any()) else wanted
 
-    def _cause(
-        self, var: int, positions: torch.Tensor, facts: Facts | None
-    ) -> tuple[str, torch.Tensor, str] | None:
+    def _cause(self, var: int, positions: torch.Tensor, facts: Facts | None) -> tuple[str, torch.Tensor, str] | None:
         """(why positions of this dim stay, which, the op if it is not yet on the way)."""
         if var in self.recording.pinned:
             why, op = self.recording.pinned[var]

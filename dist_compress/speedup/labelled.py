@@ -103,9 +103,7 @@ class Labelled(Rule):
                     yield ref, project(s, dims, f.shape(out), own, f.shape(ref))
 
 
-def project(
-    s: torch.Tensor, dims: Dims, shape: tuple[int, ...], to: Dims, to_shape: tuple[int, ...]
-) -> torch.Tensor:
+def project(s: torch.Tensor, dims: Dims, shape: tuple[int, ...], to: Dims, to_shape: tuple[int, ...]) -> torch.Tensor:
     """The elements of a tensor (`to`, `to_shape`) that agree with one of the set in every name that both have."""
     place = {name: d for d, name in enumerate(to) if name is not None}
     common = [d for d, name in enumerate(dims) if name in place and shape[d] == to_shape[place[name]]]

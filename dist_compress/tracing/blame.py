@@ -12,7 +12,7 @@ _NOT_THE_USERS = tuple(str(Path(file).parent) + os.sep for file in (torch.__file
 
 
 def users_line(error: BaseException | None = None) -> str:
-    """"file.py:12: `x.view(2, 3)`": the innermost line that is neither torch's nor ours, of an error or of the call.
+    """ "file.py:12: `x.view(2, 3)`": the innermost line that is neither torch's nor ours, of an error or of the call.
 
     "" when there is none.
     """
@@ -24,6 +24,6 @@ def users_line(error: BaseException | None = None) -> str:
 
 
 def blame(error: BaseException, module: str, op: str | None) -> str:
-    """"module 'fc' (op linear, net.py:12: `self.fc(x)`): RuntimeError: ..."."""
+    """ "module 'fc' (op linear, net.py:12: `self.fc(x)`): RuntimeError: ..."."""
     details = ", ".join(filter(None, (f"op {op}" if op else "", users_line(error))))
     return f"module {module!r}{f' ({details})' if details else ''}: {type(error).__name__}: {error}"

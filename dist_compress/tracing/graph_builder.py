@@ -57,14 +57,10 @@ class GraphBuilder:
     def add_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Placeholders named as in `forward`. Returns the arguments to run with, in which ints are traced."""
         values = dict(zip(_positional_names(self.model, len(args)), args, strict=True))
-        defaults = {
-            k: v for k, v in kwargs.items() if type(v) is not int and (v is None or type(v) in _PLAIN)
-        }
+        defaults = {k: v for k, v in kwargs.items() if type(v) is not int and (v is None or type(v) in _PLAIN)}
         values |= {name: value for name, value in kwargs.items() if name not in defaults} | defaults
         for name, value in values.items():
-            default = (
-                (value,) if name in defaults else ()
-            )  # a constant may be left out when the graph is called
+            default = (value,) if name in defaults else ()  # a constant may be left out when the graph is called
             node = self.graph.create_node("placeholder", name, default)
             if type(value) is int:
                 values[name] = TracedInt(value, node, self.ints)
@@ -207,9 +203,7 @@ class GraphBuilder:
     def finish(self, output: Any) -> GraphModule:
         """The graph module, without the nodes nobody needs. It shares the model's tensors and modules."""
         self.graph.output(self.to_output(output))
-        self.graph.eliminate_dead_code(
-            lambda node: node.op in ("placeholder", "output") or "impure" in node.meta
-        )
+        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or "impure" in node.meta)
         used = {str(node.target) for node in self.graph.nodes if node.op in ("get_attr", "call_module")}
         attributes = {name: value for name, value in self.attributes.items() if name in used}
         module = GraphModule(attributes, self.graph, type(self.model).__name__)

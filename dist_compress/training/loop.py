@@ -66,8 +66,8 @@ class Trainer:
         self.projection.layout = self.backend.layout
 
     def release(self) -> Parts:
-        """Take `model` out of its wrapping, to be shrunk in place; `rebuild` has to follow. Returns what this rank
-        holds of the parameters, which are meta tensors in the model from here on if they are sharded."""
+        """Take `model` out of its wrapping, to be shrunk in place or delivered; to train on, `rebuild`. Returns what
+        this rank holds of the parameters, which are meta tensors in the model from here on if they are sharded."""
         self.module, layout = self.model, self.backend.layout
         weights = Parts.of(layout, {name: layout.local(name) for name, _ in self.model.named_parameters()})
         self._before, self._moments = weights, self.backend.moments(self.optimizer, self.names)

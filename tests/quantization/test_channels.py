@@ -23,9 +23,7 @@ X = torch.randn(3, 5, SIZE, generator=torch.Generator().manual_seed(3))
 def folds(model, *args, **kwargs):
     """{producer: {reader: number of channels}}"""
     graph = channels.find(Sites(model.eval(), args, kwargs))
-    return {
-        f.parameters[0][0]: {r.layer: int((r.channels >= 0).sum()) for r in f.readers} for f in graph.folds
-    }, graph
+    return {f.parameters[0][0]: {r.layer: int((r.channels >= 0).sum()) for r in f.readers} for f in graph.folds}, graph
 
 
 def test_a_block_of_a_transformer():

@@ -178,9 +178,7 @@ def test_well_formed_and_self_contained(tmp_path: Path) -> None:
     seen = check(page)
     assert page.startswith("<!doctype html>") and "script" not in seen.tags
     assert not re.search(r"https?:|//[a-z]|@import|url\(", page.partition("<pre>")[0])
-    fetched = [
-        value for name, value in seen.attributes if name in ("src", "href", "srcset", "data", "action")
-    ]
+    fetched = [value for name, value in seen.attributes if name in ("src", "href", "srcset", "data", "action")]
     assert fetched == ["data:,"]
     assert "prefers-color-scheme: dark" in page
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]

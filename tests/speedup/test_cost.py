@@ -21,9 +21,7 @@ def test_macs_of_layers_by_hand():
 def test_macs_of_resnet20_are_the_papers():
     model = build(ModelConfig(name="resnet20"), num_classes=10, seed=0)
     assert cost.macs(model, (torch.randn(1, 3, 32, 32),)) == pytest.approx(40.6e6, rel=0.005)
-    assert cost.macs(model, (torch.randn(3, 3, 32, 32),)) == 3 * cost.macs(
-        model, (torch.randn(1, 3, 32, 32),)
-    )
+    assert cost.macs(model, (torch.randn(3, 3, 32, 32),)) == 3 * cost.macs(model, (torch.randn(1, 3, 32, 32),))
     assert cost.num_params(model) == 269_722
     assert model.training and model.bn1.num_batches_tracked == 0
 

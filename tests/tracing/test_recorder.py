@@ -164,9 +164,7 @@ def test_arguments_constants_and_outputs_of_any_shape():
 
     model = Everything()
     (args, kwargs), others = call(2), [call(3), call(2)]
-    graph = assert_same_program(
-        model, args, *(a for a, _ in others), kwargs=(kwargs, *(k for _, k in others))
-    )
+    graph = assert_same_program(model, args, *(a for a, _ in others), kwargs=(kwargs, *(k for _, k in others)))
     assert sorted(set(graph.meta["lifted"].values())) == [""]
     kept = {type(getattr(graph, name)).__name__ for name in graph.meta["lifted"]}
     assert kept == {"Linear", "Tensor", "Flatten"}
@@ -267,9 +265,7 @@ def test_scripted_functions_autograd_functions_and_raw_ops():
 def test_the_users_own_graph_module_is_just_a_module():
     model = torchvision.models.resnet18(weights=None).eval()
     assert_same_program(torch.fx.symbolic_trace(model), *images(2, 3))
-    exported = torch.export.export(
-        nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval(), (torch.randn(2, 4),)
-    ).module()
+    exported = torch.export.export(nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval(), (torch.randn(2, 4),)).module()
     graph = concrete_trace(exported, (torch.randn(2, 4),))
     x = torch.randn(2, 4)
     assert torch.equal(graph(x), exported(x))

@@ -1,8 +1,8 @@
 """QuantizeLinear and DequantizeLinear of ONNX opset 21 as operators of torch, which the exporter writes one to one.
 
-    scale []              a tensor
-    scale [n]             the entries of dim `axis`
-    scale as x, but dim `axis` shorter: blocks of `block_size` along `axis`; of a computed scale the whole dim
+scale []              a tensor
+scale [n]             the entries of dim `axis`
+scale as x, but dim `axis` shorter: blocks of `block_size` along `axis`; of a computed scale the whole dim
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def _spread(s: torch.Tensor, x: torch.Tensor, axis: int) -> torch.Tensor:
 _LIBRARY.impl("quantize_linear", _quantize, "CompositeExplicitAutograd")
 _LIBRARY.impl("dequantize_linear", _dequantize, "CompositeExplicitAutograd")
 _LIBRARY.impl("quantize_linear", lambda x, s, z, axis, block_size, dtype: torch.empty_like(x, dtype=dtype), "Meta")
-_LIBRARY.impl(
-    "dequantize_linear", lambda q, s, z, axis, block_size: torch.empty_like(q, dtype=torch.float32), "Meta"
-)
+_LIBRARY.impl("dequantize_linear", lambda q, s, z, axis, block_size: torch.empty_like(q, dtype=torch.float32), "Meta")
 
 
 def translations() -> dict[Any, Any]:

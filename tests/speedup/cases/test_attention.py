@@ -76,9 +76,7 @@ def one_key_head(m, x):
 
 
 def test_heads_on_one_key_head_go_freely(shrink):
-    model = Net(
-        one_key_head, q=nn.Linear(16, 16), k=nn.Linear(16, 4), v=nn.Linear(16, 4), proj=nn.Linear(16, 16)
-    )
+    model = Net(one_key_head, q=nn.Linear(16, 16), k=nn.Linear(16, 4), v=nn.Linear(16, 4), proj=nn.Linear(16, 16))
     small, _ = shrink(model, tokens(16), both("q", block(8, 4)) | {"proj.weight": (1, block(8, 4))})
     assert small.q.weight.shape == (12, 16) and small.k.weight.shape == (4, 16)
     assert small.proj.weight.shape == (16, 12)
